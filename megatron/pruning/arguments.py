@@ -1,0 +1,133 @@
+"""What the entry points share on the command line: two spellings of a flag, Megatron's flags, errors in a sentence."""
+
+import argparse
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.pruning.config import LlamaConfig
+from megatron.pruning.layout import Layout
+
+_FLAGS_FILE = Path(__file__).with_name("megatron_flags.txt")
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Call `main` with the command line; a mistake of the user ends in one `error:` line and status 1."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is cleaned up
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        _end(str(error), 1)
+    except OSError as error:
+        _end(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1)
+    except KeyboardInterrupt:
+        _end("interrupted; nothing was left behind", 130)
+
+
+def _end(message: str, status: int) -> None:
+    if os.environ.get("RANK", "0") == "0":  # every process of a torchrun meets the same mistake: say it once
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def hyphenated(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with the flags' underscores turned into hyphens, so that both spellings work; values stay."""
+    return [_hyphenated_flag(word) if word.startswith("--") else word for word in argv]
+
+
+def _hyphenated_flag(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+@functools.cache
+def megatron_flags() -> dict[str, str]:
+    """Return Megatron's flags (hyphenated, with `--`) and the number of values of each: 0, 1, 3, + or *."""
+    lines = _FLAGS_FILE.read_text(encoding="utf-8").splitlines()
+    return {f"--{flag}": arity for arity, flag in (line.split() for line in lines if not line.startswith("#"))}
+
+
+def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
+    """Let `parser` accept every Megatron flag that it does not define itself; `--help` does not list them."""
+    for flag, arity in megatron_flags().items():
+        if flag in parser._option_string_actions:
+            continue
+        if arity == "0":
+            parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+        else:
+            nargs = {"1": None}.get(arity, int(arity) if arity.isdigit() else arity)
+            parser.add_argument(flag, nargs=nargs, help=argparse.SUPPRESS)
+
+
+def add_layout_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name the target's layout; left out, the source's layout is kept."""
+    group = parser.add_argument_group(
+        "layout of the target", "left out: the source's, or 1 x 1 for a Hugging Face source"
+    )
+    group.add_argument("--tensor-model-parallel-size", type=int, metavar="N", help="tensor-parallel ranks")
+    group.add_argument("--pipeline-model-parallel-size", type=int, metavar="M", help="pipeline-parallel ranks")
+    group.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        metavar="D",
+        help="the padded vocabulary is a multiple of D * N (default 128)",
+    )
+
+
+def layout_from_flags(args: argparse.Namespace, source: Layout | None) -> Layout:
+    """Return the target's layout. Raises ValueError for a size below 1."""
+    source = source or Layout()
+    return Layout(
+        source.tensor if args.tensor_model_parallel_size is None else args.tensor_model_parallel_size,
+        source.pipeline if args.pipeline_model_parallel_size is None else args.pipeline_model_parallel_size,
+        source.vocab_divisor if args.make_vocab_size_divisible_by is None else args.make_vocab_size_divisible_by,
+    )
+
+
+def check_model_flags(args: argparse.Namespace, config: LlamaConfig, where: Path) -> None:
+    """Raise ValueError where a Megatron flag that describes the model disagrees with the checkpoint."""
+    sizes: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "kv_channels": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "norm_epsilon": config.norm_epsilon,
+        "layernorm_epsilon": config.norm_epsilon,
+        "rotary_base": config.rope_theta,
+        "vocab_size": config.vocab_size,
+    }
+    if args.group_query_attention:
+        sizes["num_query_groups"] = config.num_query_groups
+    for name, value in sizes.items():
+        given = getattr(args, name, None)
+        if given is not None and _number(name, given) != value:
+            raise ValueError(f"{_flag(name)} {given} disagrees with {where}, whose model has {value}")
+    words = {"normalization": "RMSNorm", "position_embedding_type": "rope"}
+    for name, word in words.items():
+        given = getattr(args, name, None)
+        if given not in (None, word):
+            raise ValueError(f"{_flag(name)} {given} disagrees with {where}: a Llama has {word}")
+    facts = {"untie_embeddings_and_output_weights": not config.tied, "add_qkv_bias": False, "qk_layernorm": False}
+    for name, is_so in facts.items():
+        if getattr(args, name, False) and not is_so:
+            raise ValueError(f"{_flag(name)} disagrees with {where}, whose model is otherwise")
+    for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+        if getattr(args, name, None) is not None:
+            raise ValueError(f"{_flag(name)}: checkpoints of a virtual pipeline are not written; leave it out")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{_flag(name)} {text}: not a number") from None

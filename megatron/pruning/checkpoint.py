@@ -1,0 +1,94 @@
+"""A checkpoint as the rest of the project sees it: a config and logical weights that are pulled one at a time."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron.pruning.config import LlamaConfig
+from megatron.pruning.layout import Layout
+from megatron.pruning.table import Weight, all_weights
+from megatron.pruning.views import BYTES, View
+
+# Files that travel with a model beside its weights and its config.json.
+CARRIED_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template*",
+    "LICENSE*",
+    "USE_POLICY*",
+    "NOTICE*",
+)
+
+
+class Checkpoint(ABC):
+    """A dense Llama on disk, or a pruned view of one.
+
+    `weight` gives the logical weight: unfused, unsplit, without vocabulary padding, shaped as the table says.
+    """
+
+    path: Path
+    format: str
+    layout: Layout | None
+    config: LlamaConfig
+
+    @abstractmethod
+    def weight(self, weight: Weight, layer: int | None) -> View:
+        """Return a lazy view of one logical weight; `layer` is None for the weights outside the layers."""
+
+    def boundaries(self, axis: str, layer: int, tensor: int) -> list[int]:
+        """Return where the `tensor` ranks' blocks of `axis` begin and end in `layer`: even unless pruned otherwise."""
+        size = self.config.sizes[axis]
+        return [size * rank // tensor for rank in range(tensor + 1)]
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise ValueError unless this model can be cut to `layout`."""
+        layout.check(self.config.sizes)
+
+    def weights(self) -> Iterator[tuple[Weight, int | None, View]]:
+        """Yield every logical weight in the order of the forward pass."""
+        for weight, layer in all_weights(self.config.num_layers, self.config.tied):
+            yield weight, layer, self.weight(weight, layer)
+
+    def carried_files(self) -> dict[str, bytes]:
+        """Return the tokenizer and other small files that go with the model, by name."""
+        return {}
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the embedding, which stands for the model's."""
+        return next(self.weights())[2].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all logical weights."""
+        return sum(int(np.prod(view.shape)) * BYTES[view.dtype] for _, _, view in self.weights())
+
+    def __str__(self) -> str:
+        where = f" {self.layout}" if self.layout else ""
+        return f"{self.path} ({self.format}{where}, {self.dtype}, {self.config.parameters:,} parameters)"
+
+
+def carried_files_of(directory: Path) -> dict[str, bytes]:
+    """Return the files of `directory` that `CARRIED_PATTERNS` name."""
+    found = sorted({path for pattern in CARRIED_PATTERNS for path in directory.glob(pattern) if path.is_file()})
+    return {path.name: path.read_bytes() for path in found}
+
+
+def check_tensor(where: str, key: str, view: View, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless a stored tensor has the shape that the config implies."""
+    if view.shape != expected:
+        raise ValueError(f"{where}: {key} has shape {view.shape}, but the model's config implies {expected}")
+
+
+def check_keys(where: str, found: set[str], expected: set[str]) -> None:
+    """Raise ValueError, naming a few, when tensors are missing or unexpected."""
+    for problem, keys in (("lacks", expected - found), ("holds unexpected", found - expected)):
+        if keys:
+            names = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ValueError(f"{where} {problem} tensors: {names}")

@@ -1,0 +1,277 @@
+"""What a Llama checkpoint says of its model, and the two ways to write it down: config.json and Megatron arguments."""
+
+import dataclasses
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.pruning.layout import Layout
+from megatron.pruning.table import parameter_count
+
+TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+# The llama3 rotary frequencies as Megatron-core fixes them; only the factor is configurable there.
+MEGATRON_ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and constants of a dense Llama. Sizes count elements; `vocab_size` is without padding."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    tied: bool = False
+    norm_epsilon: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    max_position_embeddings: int = 4096
+    # Whatever else the parent's config.json says (token ids, ...): carried to the next config.json, never interpreted.
+    other: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if name in _SIZE_FIELDS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} is {value!r}: it must be a positive whole number")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
+                f"{self.num_query_groups}"
+            )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return the size of every axis of the table."""
+        return {axis: getattr(self, name) for name, axis in AXIS_OF_FIELD.items()}
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, vocabulary padding left out."""
+        return parameter_count(self.sizes, self.tied)
+
+    def with_sizes(self, sizes: Mapping[str, int]) -> "LlamaConfig":
+        """Return this config with new axis sizes."""
+        changes: dict[str, Any] = {name: sizes[axis] for name, axis in AXIS_OF_FIELD.items() if axis in sizes}
+        return dataclasses.replace(self, **changes)
+
+
+AXIS_OF_FIELD = {
+    "num_layers": "layers",
+    "hidden_size": "hidden",
+    "ffn_hidden_size": "ffn",
+    "num_attention_heads": "heads",
+    "num_query_groups": "groups",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab",
+}
+_SIZE_FIELDS = {*AXIS_OF_FIELD, "max_position_embeddings"}
+
+# config.json's name of each field that both sides write as one plain value.
+_HF_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "tied": "tie_word_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "max_position_embeddings": "max_position_embeddings",
+}
+# Settings that would make a model something else than the table's Llama, and the only values it takes.
+_HF_REQUIRED: Mapping[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+}
+
+
+def config_from_hf(hf: Mapping[str, Any], where: str) -> LlamaConfig:
+    """Read a config.json, in the spelling of transformers 4 or 5. `where` names it in errors.
+
+    Raises ValueError for a missing or wrong field and for a model that is not a dense Llama.
+    """
+    for name, allowed in _HF_REQUIRED.items():
+        value = hf.get(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{where}: {name} is {value!r}, but only {allowed[0]!r} is a Llama of this project")
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    fields: dict[str, Any] = {ours: hf[theirs] for ours, theirs in _HF_NAMES.items() if hf.get(theirs) is not None}
+    for ours in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
+        if ours not in fields:
+            raise ValueError(f"{where}: {_HF_NAMES[ours]} is missing")
+    fields.setdefault("num_query_groups", fields["num_attention_heads"])
+    try:
+        fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+        return LlamaConfig(
+            **fields,
+            rope_theta=float(theta),
+            rope_scaling=None if kind == "default" else {"rope_type": kind, **rope},
+            other={name: value for name, value in hf.items() if name not in _HF_OWNED},
+        )
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+_HF_OWNED = {*_HF_NAMES.values(), "rope_parameters", "rope_scaling", "rope_theta", "torch_dtype", "dtype"}
+
+
+def config_to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
+    """Return the config.json, in the names that transformers 4 and 5 (and vLLM) both read."""
+    defaults = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    return {
+        **defaults,
+        **config.other,
+        **{theirs: getattr(config, ours) for ours, theirs in _HF_NAMES.items()},
+        "rope_theta": config.rope_theta,
+        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
+        "torch_dtype": TORCH_DTYPES[dtype],
+    }
+
+
+def hf_export_problem(config: LlamaConfig) -> str | None:
+    """Return why transformers would refuse this shape, None if it takes it."""
+    if config.hidden_size % config.num_attention_heads:
+        return (
+            f"hidden size {config.hidden_size} is not a multiple of {config.num_attention_heads} attention heads: "
+            "transformers refuses such a Llama, so it could be trained but not exported"
+        )
+    return None
+
+
+def megatron_rope_factor(config: LlamaConfig) -> float | None:
+    """Return the factor for --rope-scaling-factor, None without scaling. ValueError for what Megatron cannot do."""
+    if config.rope_scaling is None:
+        return None
+    scaling = dict(config.rope_scaling)
+    factor = scaling.pop("factor", None)
+    if scaling.pop("rope_type", None) != "llama3" or factor is None or scaling != MEGATRON_ROPE_SCALING:
+        raise ValueError(
+            f"rope scaling {dict(config.rope_scaling)} is not one that Megatron computes: only rope_type llama3 with "
+            f"{MEGATRON_ROPE_SCALING} (and any factor)"
+        )
+    return float(factor)
+
+
+def config_from_args(args: Namespace, where: str) -> LlamaConfig:
+    """Read the arguments that a Megatron checkpoint carries. Raises ValueError if they are not a dense Llama's."""
+
+    def get(name: str, default: Any = None) -> Any:
+        value = getattr(args, name, None)
+        return default if value is None else value
+
+    required = {
+        "normalization": (get("normalization", "RMSNorm"), "RMSNorm"),
+        "swiglu": (get("swiglu", True), True),
+        "add_bias_linear": (get("add_bias_linear", False), False),
+        "add_qkv_bias": (get("add_qkv_bias", False), False),
+        "position_embedding_type": (get("position_embedding_type", "rope"), "rope"),
+        "rotary_percent": (float(get("rotary_percent", 1.0)), 1.0),
+        "rotary_interleaved": (get("rotary_interleaved", False), False),
+        "qk_layernorm": (get("qk_layernorm", False), False),
+        "num_experts": (get("num_experts"), None),
+    }
+    for name, (value, wanted) in required.items():
+        if value != wanted:
+            raise ValueError(f"{where}: its argument {name} is {value!r}, but a Llama's is {wanted!r}")
+    heads = get("num_attention_heads")
+    missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if get(name) is None]
+    if missing:
+        raise ValueError(f"{where}: its arguments lack {', '.join(missing)}")
+    # Before Megatron-core 0.16 plain multi-head attention was saved with num_query_groups 1.
+    groups = get("num_query_groups", heads) if get("group_query_attention", False) else heads
+    scaling = None
+    if get("use_rope_scaling", False):
+        scaling = {"rope_type": "llama3", "factor": float(get("rope_scaling_factor", 8.0)), **MEGATRON_ROPE_SCALING}
+    return LlamaConfig(
+        num_layers=get("num_layers"),
+        hidden_size=get("hidden_size"),
+        ffn_hidden_size=get("ffn_hidden_size", 4 * get("hidden_size")),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=get("kv_channels", get("hidden_size") // heads),
+        vocab_size=get("vocab_size", get("padded_vocab_size", 1)),
+        tied=not get("untie_embeddings_and_output_weights", False),
+        norm_epsilon=float(get("layernorm_epsilon", get("norm_epsilon", 1e-5))),
+        rope_theta=float(get("rotary_base", 10000)),
+        rope_scaling=scaling,
+        max_position_embeddings=get("max_position_embeddings", get("seq_length", 4096)),
+    )
+
+
+def _megatron_values(config: LlamaConfig, layout: Layout) -> dict[str, Any]:
+    """Return the Megatron arguments that describe the model, by the name they have on the command line."""
+    factor = megatron_rope_factor(config)
+    theta = int(config.rope_theta) if config.rope_theta == int(config.rope_theta) else config.rope_theta
+    return {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "group_query_attention": config.num_query_groups != config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "kv_channels": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_base": theta,
+        "rotary_percent": 1.0,
+        "use_rope_scaling": factor is not None,
+        "rope_scaling_factor": 8.0 if factor is None else factor,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.norm_epsilon,
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "untie_embeddings_and_output_weights": not config.tied,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": layout.padded_vocab(config.vocab_size),
+        "make_vocab_size_divisible_by": layout.vocab_divisor,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+    }
+
+
+def config_to_args(config: LlamaConfig, layout: Layout) -> Namespace:
+    """Return the Namespace for a Megatron checkpoint: plain values only, so that every release may load it safely."""
+    values = _megatron_values(config, layout)
+    values["add_bias_linear"] = not values.pop("disable_bias_linear")
+    # The name was norm_epsilon up to 0.15 and is layernorm_epsilon since.
+    values["layernorm_epsilon"] = values["norm_epsilon"]
+    # `seq_length` is for loaders of a time when --use-checkpoint-args took it without a second look.
+    extra = {"seq_length": config.max_position_embeddings, "ckpt_format": "torch", "add_position_embedding": False}
+    return Namespace(**values, **extra, use_rotary_position_embeddings=True, rotary_interleaved=False)
+
+
+def config_to_command_line(config: LlamaConfig, layout: Layout) -> list[str]:
+    """Return the flags with which pretrain_gpt.py (or stock Megatron) builds this model, one `--flag value` each.
+
+    `--use-checkpoint-args` restores only some of them: not the epsilon, the rope scaling or the vocabulary divisor.
+    """
+    values = _megatron_values(config, layout)
+    if not values["group_query_attention"]:
+        del values["num_query_groups"]
+    if not values["use_rope_scaling"]:
+        del values["rope_scaling_factor"]
+    lines = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if value is not False:
+            lines.append(flag if value is True else f"{flag} {value}")
+    return lines

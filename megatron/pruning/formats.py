@@ -1,0 +1,65 @@
+"""Open a checkpoint of any format, and save one in any: the only module that knows which formats there are."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron.pruning.checkpoint import Checkpoint
+from megatron.pruning.hf_format import HfCheckpoint, hf_output
+from megatron.pruning.layout import Layout
+from megatron.pruning.output import write_files
+from megatron.pruning.processes import World
+
+FORMATS = ("hf", "torch")
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the checkpoint at `path`; its format is detected. Only headers are read.
+
+    Raises ValueError when there is none, or when it is damaged or not a dense Llama.
+    """
+    if not path.exists():
+        raise ValueError(f"--load {path}: no such directory")
+    if not path.is_dir():
+        raise ValueError(f"--load {path} is a file: name the checkpoint's directory")
+    if (path / "config.json").is_file():
+        return HfCheckpoint(path)
+    from megatron.pruning.torch_format import TorchCheckpoint, find_iteration  # imports torch: a second
+
+    if find_iteration(path) is not None:
+        return TorchCheckpoint(path)
+    raise ValueError(
+        f"--load {path} is not a checkpoint: it has neither a config.json (Hugging Face) nor a "
+        "latest_checkpointed_iteration.txt or mp_rank_* (Megatron)"
+    )
+
+
+def save_checkpoint(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    format: str,
+    layout: Layout | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    texts: Mapping[str, bytes] | None = None,
+    world: World | None = None,
+) -> None:
+    """Write `checkpoint` to the directory `path`, which appears complete or not at all.
+
+    `layout` is for the Megatron formats; `dtype` None keeps every tensor's own; `texts` are small files to lay beside.
+    Raises ValueError, before anything is written, for a layout that does not fit or a `path` not to be replaced.
+    """
+    source = checkpoint.path.resolve()
+    if path.resolve() == source or source in path.resolve().parents or path.resolve() in source.parents:
+        raise ValueError(f"--save {path} and --load {checkpoint.path} overlap: name a directory of its own")
+    if format == "hf":
+        files, own_texts = hf_output(checkpoint, dtype)
+    elif format == "torch":
+        from megatron.pruning.torch_format import torch_output
+
+        layout = layout or Layout()
+        checkpoint.check_layout(layout)
+        files, own_texts = torch_output(checkpoint, layout, dtype)
+    else:
+        raise ValueError(f"--format {format}: choose one of {', '.join(FORMATS)}")
+    write_files(files, {**own_texts, **(texts or {})}, path, f"writing {path}", overwrite, world or World())

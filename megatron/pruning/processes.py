@@ -1,0 +1,38 @@
+"""The processes of one run: alone, or the N that torchrun started."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's rank among `size`. They share a file system and meet only at barriers."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """Join the processes that torchrun started, or stay alone."""
+        world = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        if world.size > 1:
+            import torch.distributed
+
+            # The slowest writer may take hours after the fastest; torchrun ends all when one dies.
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        return world
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.size > 1:
+            import torch.distributed
+
+            torch.distributed.barrier()
+
+    def leave(self) -> None:
+        """Part from the others, after the last barrier."""
+        if self.size > 1:
+            import torch.distributed
+
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,101 @@
+"""The table of weights: the one place that says what a Llama is made of.
+
+A row names a weight, the model axes of its dims, and its key in Hugging Face and in Megatron-core. `heads*head_dim` is
+one dim that holds two axes. Rows that share a Megatron key are fused there, in this order. Shapes, parameter counts,
+what to slice for a set of kept indices, where tensor parallelism splits, and the key mapping in both directions are all
+derived from it, here and in the modules that import it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.pruning.views import Index
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One row: a weight's name, the axes of its dims, and its keys (without the layer's prefix and `.weight`)."""
+
+    name: str
+    dims: tuple[str, ...]
+    hf: str
+    megatron: str
+    per_layer: bool = True
+
+    def hf_key(self, layer: int | None) -> str:
+        """Return the key in a Hugging Face LlamaForCausalLM."""
+        return f"model.layers.{layer}.{self.hf}.weight" if self.per_layer else f"{self.hf}.weight"
+
+    def megatron_key(self, layer: int | None) -> str:
+        """Return the key in a Megatron GPTModel with the local layer spec; `layer` counts from 0 on its stage."""
+        return f"decoder.layers.{layer}.{self.megatron}.weight" if self.per_layer else f"{self.megatron}.weight"
+
+
+TABLE = (
+    Weight("embed", ("vocab", "hidden"), "model.embed_tokens", "embedding.word_embeddings", per_layer=False),
+    Weight("attn_norm", ("hidden",), "input_layernorm", "input_layernorm"),
+    Weight("q", ("heads*head_dim", "hidden"), "self_attn.q_proj", "self_attention.linear_qkv"),
+    Weight("k", ("groups*head_dim", "hidden"), "self_attn.k_proj", "self_attention.linear_qkv"),
+    Weight("v", ("groups*head_dim", "hidden"), "self_attn.v_proj", "self_attention.linear_qkv"),
+    Weight("o", ("hidden", "heads*head_dim"), "self_attn.o_proj", "self_attention.linear_proj"),
+    Weight("mlp_norm", ("hidden",), "post_attention_layernorm", "pre_mlp_layernorm"),
+    Weight("gate", ("ffn", "hidden"), "mlp.gate_proj", "mlp.linear_fc1"),
+    Weight("up", ("ffn", "hidden"), "mlp.up_proj", "mlp.linear_fc1"),
+    Weight("down", ("hidden", "ffn"), "mlp.down_proj", "mlp.linear_fc2"),
+    Weight("final_norm", ("hidden",), "model.norm", "decoder.final_layernorm", per_layer=False),
+    Weight("lm_head", ("vocab", "hidden"), "lm_head", "output_layer", per_layer=False),
+)
+
+# The rows before, in and after the layers.
+LAYER = tuple(weight for weight in TABLE if weight.per_layer)
+FIRST = TABLE[: TABLE.index(LAYER[0])]
+LAST = TABLE[TABLE.index(LAYER[-1]) + 1 :]
+
+# Rules about axes, not about weights.
+SPLIT_BY_TENSOR_PARALLEL = frozenset({"vocab", "heads", "groups", "ffn"})
+CHOSEN_PER_LAYER = frozenset({"heads", "groups", "ffn"})
+
+
+def axes(dim: str) -> tuple[str, ...]:
+    """Return the model axes that one dim holds, outermost first."""
+    return tuple(dim.split("*"))
+
+
+def split_dim(weight: Weight) -> int | None:
+    """Return the dim along which tensor parallelism splits `weight`, None if every rank holds all of it."""
+    split = [i for i, dim in enumerate(weight.dims) if axes(dim)[0] in SPLIT_BY_TENSOR_PARALLEL]
+    return split[0] if split else None
+
+
+def weight_shape(weight: Weight, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of `weight` in a model whose axes have `sizes`."""
+    return tuple(math.prod(sizes[axis] for axis in axes(dim)) for dim in weight.dims)
+
+
+def all_weights(layers: int, tied: bool) -> list[tuple[Weight, int | None]]:
+    """Return every (weight, layer) of a model in the order of the forward pass; a tied output layer is left out."""
+    return [
+        *((weight, None) for weight in FIRST),
+        *((weight, layer) for layer in range(layers) for weight in LAYER),
+        *((weight, None) for weight in LAST if not (tied and weight.name == "lm_head")),
+    ]
+
+
+def parameter_count(sizes: Mapping[str, int], tied: bool) -> int:
+    """Return the number of parameters of a model whose axes have `sizes`."""
+    return sum(math.prod(weight_shape(weight, sizes)) for weight, _ in all_weights(sizes["layers"], tied))
+
+
+def kept_elements(dim: str, keep: Mapping[str, Index], sizes: Mapping[str, int]) -> Index:
+    """Return the element indices that remain of `dim` when `keep` indices remain of its axes.
+
+    `sizes` are the parent's; an axis that `keep` does not name is kept whole, e.g. the `head_dim` of `heads*head_dim`.
+    """
+    index = np.zeros(1, dtype=np.intp)
+    for axis in axes(dim):
+        chosen = keep[axis] if axis in keep else np.arange(sizes[axis])
+        index = (index[:, None] * sizes[axis] + chosen[None, :]).ravel()
+    return index

@@ -1,0 +1,155 @@
+"""Prune a Llama structurally: fewer layers, heads, query groups, and a narrower hidden and ffn size.
+
+    # Megatron shards in, smaller Megatron shards out, in the same tensor x pipeline layout (plain python does the same)
+    torchrun --nproc_per_node 2 prune_llama.py --load DIR --save DIR --is_prune --hidden_size_remain 3072 \\
+        --num_attention_heads_remain 24 --ffn_hidden_size_remain 8192 --drop_layers 7,13,18,24
+
+    # Hugging Face in, Megatron TP4 out, in one pass
+    python prune_llama.py --load HF_DIR --save DIR --ffn_hidden_size_remain 8192 --tensor-model-parallel-size 4
+
+    # look before you leap: decide and print, write only the plan; apply it later
+    python prune_llama.py --load DIR --save DIR --drop_layers 7,13 --plan-only
+    python prune_llama.py --load DIR --save DIR --plan DIR.prune_plan.json
+
+Flags may be spelled with hyphens or underscores. Megatron's own training flags are accepted, so that one set of
+arguments serves pruning and training; those that describe the model must agree with the checkpoint.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.pruning.arguments import (
+    add_layout_flags,
+    add_megatron_flags,
+    check_model_flags,
+    hyphenated,
+    layout_from_flags,
+    run,
+)
+from megatron.pruning.checkpoint import Checkpoint
+from megatron.pruning.choose import random_criterion
+from megatron.pruning.config import hf_export_problem
+from megatron.pruning.formats import FORMATS, open_checkpoint, save_checkpoint
+from megatron.pruning.output import check_target, write_durably
+from megatron.pruning.plan import PLAN_FILE, PRUNE_TYPES, Plan, Target, describe, make_plan, resolve_target
+from megatron.pruning.processes import World
+from megatron.pruning.pruned import Pruned
+from megatron.pruning.views import BYTES
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="prune_llama.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    paths = parser.add_argument_group("checkpoints")
+    paths.add_argument("--load", type=Path, required=True, metavar="DIR", help="the parent: Hugging Face or Megatron")
+    paths.add_argument("--save", type=Path, required=True, metavar="DIR", help="where the pruned checkpoint goes")
+    paths.add_argument("--overwrite", action="store_true", help="replace what is at --save")
+    paths.add_argument("--format", choices=FORMATS, default="torch", help="format of --save (default: Megatron torch)")
+    paths.add_argument("--dtype", choices=tuple(BYTES), help="dtype of --save (default: each tensor's own)")
+    target = parser.add_argument_group("what remains", "left out: unchanged; at least one change is needed")
+    target.add_argument("--hidden-size-remain", type=int, metavar="N", help="hidden size")
+    target.add_argument("--num-attention-heads-remain", type=int, metavar="N", help="attention (query) heads")
+    target.add_argument("--num-query-groups-remain", type=int, metavar="N", help="query groups (key/value heads)")
+    target.add_argument("--ffn-hidden-size-remain", type=int, metavar="N", help="ffn hidden size")
+    target.add_argument("--drop-layers", type=layer_list, default=(), metavar="I,J,...", help="layers to drop, from 0")
+    how = parser.add_argument_group("how it is decided")
+    how.add_argument("--is-prune", action="store_true", help="prune; the only mode, accepted for older scripts")
+    how.add_argument(
+        "--prune-type",
+        choices=PRUNE_TYPES,
+        default="balance",
+        help="balance: the same number in every tensor-parallel block; unbalance: anywhere, shards may come out uneven",
+    )
+    how.add_argument("--seed", type=int, default=1234, help="of the random choice (default 1234)")
+    how.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of making one")
+    how.add_argument(
+        "--plan-only", action="store_true", help="print the plan, write it to SAVE.prune_plan.json, and stop"
+    )
+    add_layout_flags(parser)
+    add_megatron_flags(parser)
+    return parser.parse_args(hyphenated(argv))
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """Read a comma-separated list of layer numbers."""
+    return tuple(int(item) for item in text.split(",") if item.strip())
+
+
+def decide(args: argparse.Namespace, parent: Checkpoint) -> Plan:
+    """Make the plan, or read and check the one that was given. Raises ValueError for every pruning that cannot be."""
+    target = Target(
+        hidden=args.hidden_size_remain,
+        heads=args.num_attention_heads_remain,
+        groups=args.num_query_groups_remain,
+        ffn=args.ffn_hidden_size_remain,
+        drop_layers=args.drop_layers,
+    )
+    if args.plan is None:
+        return make_plan(
+            parent,
+            target,
+            random_criterion(args.seed, parent.config.sizes),
+            layout=layout_from_flags(args, parent.layout),
+            prune_type=args.prune_type,
+            seed=args.seed,
+        )
+    plan = Plan.from_json(args.plan.read_text(encoding="utf-8"), str(args.plan))
+    plan.check_parent(parent)
+    if target != Target() and (wanted := resolve_target(target, parent.config)) != plan.sizes:
+        differing = [axis for axis in wanted if wanted[axis] != plan.sizes[axis]]
+        axis = differing[0]
+        raise ValueError(f"--plan {args.plan} keeps {axis} {plan.sizes[axis]}, but the flags ask for {wanted[axis]}")
+    return plan
+
+
+def main(argv: Sequence[str]) -> None:
+    """Decide, show, write."""
+    args = parse(argv)
+    if not args.plan_only:
+        check_target(args.save, args.overwrite)
+    parent = open_checkpoint(args.load)
+    check_model_flags(args, parent.config, args.load)
+    plan = decide(args, parent)
+    pruned = Pruned(parent, plan)
+    layout = layout_from_flags(args, parent.layout)
+
+    world = World.from_environment()
+    if world.rank == 0:
+        print(f"parent: {parent}")
+        print(describe(plan, parent.config, pruned.config, parent.nbytes, pruned.nbytes), flush=True)
+        if problem := hf_export_problem(pruned.config):
+            print(f"warning: {problem}", file=sys.stderr)
+    plan_text = plan.to_json().encode()
+    if args.plan_only:
+        file = args.save.with_name(f"{args.save.name}.{PLAN_FILE}")
+        if world.rank == 0:
+            write_durably(file, plan_text)
+            print(f"plan: {file} (apply it with --plan {file})")
+        world.leave()
+        return
+    save_checkpoint(
+        pruned,
+        args.save,
+        format=args.format,
+        layout=layout,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        texts={PLAN_FILE: plan_text},
+        world=world,
+    )
+    if world.rank == 0:
+        print(f"saved: {args.save} ({args.format}{f' {layout}' if args.format != 'hf' else ''})")
+        if args.format != "hf" and plan.prune_type == "unbalance" and layout.tensor > 1:
+            print("its shards may be uneven: merge or re-split them with scripts/transfer.sh before training")
+    world.leave()
+
+
+if __name__ == "__main__":
+    run(main)

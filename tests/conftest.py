@@ -1,0 +1,77 @@
+"""Tiny Llamas that everything is tested on, made by transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # Odd sizes throughout; heads * head_dim != hidden.
+    "mha": {
+        "hidden_size": 48,
+        "intermediate_size": 88,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+    },
+    "gqa": {
+        "hidden_size": 40,
+        "intermediate_size": 72,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 6,
+    },
+    "tied": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "llama3": {
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 12,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+
+
+def make_llama(
+    path: Path, shape: str = "gqa", layers: int = 4, dtype: torch.dtype = torch.float32, **save: Any
+) -> Path:
+    """Save a random Llama, its norms' gains random too, as Hugging Face does it."""
+    torch.manual_seed(len(shape) + layers)
+    config = LlamaConfig(
+        num_hidden_layers=layers, vocab_size=101, max_position_embeddings=64, rms_norm_eps=1e-4, **SHAPES[shape]
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 1.0 if "norm" in name else 0.0
+            parameter.copy_(scale + 0.3 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(path, **save)
+    return path
+
+
+@pytest.fixture(scope="session", params=sorted(SHAPES))
+def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face checkpoint of each shape."""
+    return make_llama(tmp_path_factory.mktemp("llama") / request.param, request.param)
+
+
+@pytest.fixture(scope="session")
+def gqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face checkpoint with grouped-query attention."""
+    return make_llama(tmp_path_factory.mktemp("gqa") / "hf", "gqa")

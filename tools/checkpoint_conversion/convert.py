@@ -1,0 +1,61 @@
+"""Convert a Llama checkpoint: any format and layout in, any out, bit for bit, one tensor in memory at a time.
+
+    # Hugging Face to Megatron shards
+    python tools/checkpoint_conversion/convert.py --load HF_DIR --save DIR --format torch --tensor-model-parallel-size 4
+
+    # Megatron shards to another layout
+    python tools/checkpoint_conversion/convert.py --load DIR --save DIR2 --tensor-model-parallel-size 1
+
+    # Megatron shards to Hugging Face
+    python tools/checkpoint_conversion/convert.py --load DIR --save HF_DIR --format hf
+
+The format of --load is detected. Tokenizer files travel along.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.pruning.arguments import add_layout_flags, hyphenated, layout_from_flags, run
+from megatron.pruning.formats import FORMATS, open_checkpoint, save_checkpoint
+from megatron.pruning.output import check_target
+from megatron.pruning.processes import World
+from megatron.pruning.views import BYTES
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="convert.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="checkpoint: Hugging Face or Megatron")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="where the converted checkpoint goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --save")
+    parser.add_argument("--format", choices=FORMATS, default="torch", help="format of --save (default: Megatron torch)")
+    parser.add_argument("--dtype", choices=tuple(BYTES), help="dtype of --save (default: each tensor's own)")
+    add_layout_flags(parser)
+    return parser.parse_args(hyphenated(argv))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Open, save."""
+    args = parse(argv)
+    check_target(args.save, args.overwrite)
+    source = open_checkpoint(args.load)
+    layout = layout_from_flags(args, source.layout)
+    world = World.from_environment()
+    if world.rank == 0:
+        print(f"source: {source}", flush=True)
+    save_checkpoint(
+        source, args.save, format=args.format, layout=layout, dtype=args.dtype, overwrite=args.overwrite, world=world
+    )
+    if world.rank == 0:
+        print(f"saved: {args.save} ({args.format}{f' {layout}' if args.format != 'hf' else ''})")
+    world.leave()
+
+
+if __name__ == "__main__":
+    run(main)
