@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SHAPES: dict[str, dict[str, Any]] = {
     # Odd sizes throughout; heads * head_dim != hidden.
@@ -59,10 +62,22 @@ def make_llama(
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = 1.0 if "norm" in name else 0.0
-            parameter.copy_(scale + 0.3 * torch.randn_like(parameter))
+            gain = 1.0 if "norm" in name else 0.0
+            parameter.copy_(gain + 0.15 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(path, **save)
     return path
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of a directory of safetensors, read by their own library."""
+    return {key: value for file in sorted(path.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+def hf_logits(path: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return LlamaForCausalLM's logits, [batch, sequence, vocabulary]."""
+    model = LlamaForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(tokens).logits
 
 
 @pytest.fixture(scope="session", params=sorted(SHAPES))

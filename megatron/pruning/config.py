@@ -140,7 +140,7 @@ def config_to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
         **config.other,
         **{theirs: getattr(config, ours) for ours, theirs in _HF_NAMES.items()},
         "rope_theta": config.rope_theta,
-        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
+        "rope_scaling": dict(sorted(config.rope_scaling.items())) if config.rope_scaling else None,
         "torch_dtype": TORCH_DTYPES[dtype],
     }
 

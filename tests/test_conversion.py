@@ -1,0 +1,177 @@
+"""Conversions are exact: bitwise as files, and as models against LlamaForCausalLM and the stock GPTModel."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHAPES, hf_logits, make_llama, tensors
+from transformers import AutoConfig, LlamaForCausalLM
+
+from megatron.pruning.config import config_from_hf, config_to_hf
+from megatron.pruning.formats import open_checkpoint, save_checkpoint
+from megatron.pruning.hf_format import hf_output, read_hf_config
+from megatron.pruning.layout import Layout
+from megatron.pruning.output import write_files
+from megatron.pruning.processes import World
+
+LAYOUTS = [(tensor, pipeline) for tensor in (1, 2, 4) for pipeline in (1, 2)]
+STOCK_LAYOUTS = [layout for layout in LAYOUTS if layout != (4, 2)]  # at most 4 ranks to launch
+
+
+def convert(source: Path, target: Path, format: str = "torch", tensor: int = 1, pipeline: int = 1, **options) -> Path:
+    layout = options.pop("layout", Layout(tensor, pipeline))
+    save_checkpoint(open_checkpoint(source), target, format=format, layout=layout, **options)
+    return target
+
+
+def same_tree(a: Path, b: Path) -> bool:
+    """Whether two directories hold the same files with the same bytes."""
+    names = [sorted(str(p.relative_to(top)) for p in top.rglob("*") if p.is_file()) for top in (a, b)]
+    return names[0] == names[1] and not filecmp.cmpfiles(a, b, names[0], shallow=False)[1]
+
+
+@pytest.mark.parametrize("tensor,pipeline", LAYOUTS)
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_there_and_back_is_the_identity(tmp_path: Path, shape: str, tensor: int, pipeline: int) -> None:
+    source = make_llama(tmp_path / "hf", shape, dtype=torch.bfloat16)
+    megatron = convert(source, tmp_path / "megatron", tensor=tensor, pipeline=pipeline)
+    back = convert(megatron, tmp_path / "back", format="hf")
+    wanted, found = tensors(source), tensors(back)
+    assert wanted.keys() == found.keys()
+    for key in wanted:
+        assert wanted[key].dtype == found[key].dtype
+        assert torch.equal(wanted[key].view(torch.int16), found[key].view(torch.int16)), key
+
+
+def test_every_bit_pattern_survives(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", "gqa", dtype=torch.bfloat16)
+    content = (source / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    patterns = bytes(range(256)) * (len(content) // 256 + 1)  # infinities and NaNs of every payload among them
+    (source / "model.safetensors").write_bytes(content[:header] + patterns[: len(content) - header])
+    back = convert(convert(source, tmp_path / "megatron", tensor=4), tmp_path / "back", format="hf")
+    wanted, found = tensors(source), tensors(back)
+    assert all(torch.equal(wanted[key].view(torch.int16), found[key].view(torch.int16)) for key in wanted)
+
+
+def test_resharding_equals_converting_directly(llama: Path, tmp_path: Path) -> None:
+    direct = convert(llama, tmp_path / "direct", tensor=4, pipeline=1)
+    detour = convert(convert(llama, tmp_path / "first", tensor=2, pipeline=2), tmp_path / "detour", tensor=4)
+    assert same_tree(direct, detour)
+
+
+@pytest.fixture(scope="module")
+def stock_differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Logit differences between GPTModel and LlamaForCausalLM, by "shape tp pp"; one launch for all of them."""
+    top = tmp_path_factory.mktemp("stock")
+    jobs = {}
+    for shape in SHAPES:
+        source = make_llama(top / shape, shape)
+        tokens = torch.randint(0, 101, (2, 24), generator=torch.Generator().manual_seed(0))
+        torch.save({"tokens": tokens, "logits": hf_logits(source, tokens)}, top / f"{shape}.pt")
+        for tensor, pipeline in STOCK_LAYOUTS:
+            name = f"{shape} {tensor} {pipeline}"
+            target = convert(source, top / name.replace(" ", "-"), tensor=tensor, pipeline=pipeline)
+            jobs[name] = {
+                "checkpoint": str(target), "tensor": tensor, "pipeline": pipeline, "logits": str(top / f"{shape}.pt"),
+            }  # fmt: skip
+    (top / "jobs.json").write_text(json.dumps(list(jobs.values())))
+    worker = [str(ROOT / "tests/gpt_model_worker.py"), str(top / "jobs.json")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", *worker]
+    done = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    return dict(zip(jobs, json.loads((top / "jobs.results").read_text()), strict=True))
+
+
+@pytest.mark.parametrize("tensor,pipeline", STOCK_LAYOUTS)
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_stock_gpt_model_computes_what_hugging_face_computes(
+    stock_differences: dict[str, float], shape: str, tensor: int, pipeline: int
+) -> None:
+    assert stock_differences[f"{shape} {tensor} {pipeline}"] < 1e-5
+
+
+def test_sharded_safetensors_in_and_out(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", "gqa", max_shard_size="60KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    files, texts = hf_output(open_checkpoint(source), None, shard_bytes=50_000)
+    write_files(files, texts, tmp_path / "out", "writing", False, World())
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(files) > 3
+    wanted, found = tensors(source), tensors(tmp_path / "out")
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+    tokens = torch.arange(20)[None]
+    assert torch.equal(hf_logits(source, tokens), hf_logits(tmp_path / "out", tokens))
+
+
+def test_pytorch_bin_is_read(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", "gqa")
+    state = LlamaForCausalLM.from_pretrained(source).state_dict()
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.json").write_bytes((source / "config.json").read_bytes())
+    torch.save({**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}, old / "pytorch_model.bin")
+    found = tensors(convert(old, tmp_path / "out", format="hf"))
+    assert all(torch.equal(value, found[key]) for key, value in state.items())
+
+
+def test_tokenizer_and_config_travel(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", "llama3")
+    (source / "tokenizer.model").write_bytes(b"\x00tokens")
+    (source / "tokenizer_config.json").write_text("{}")
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": [7, 8]}
+    (source / "config.json").write_text(json.dumps(config))
+    back = convert(convert(source, tmp_path / "m", tensor=2), tmp_path / "back", format="hf")
+    assert (back / "tokenizer.model").read_bytes() == b"\x00tokens"
+    assert (back / "tokenizer_config.json").read_text() == "{}"
+    wanted, found = AutoConfig.from_pretrained(source), AutoConfig.from_pretrained(back)
+    ignored = {"_name_or_path", "transformers_version"}
+    assert {k: v for k, v in wanted.to_dict().items() if k not in ignored} == {
+        k: v for k, v in found.to_dict().items() if k not in ignored
+    }
+
+
+@pytest.mark.parametrize("divisor,tensor,padded", [(128, 1, 128), (128, 4, 512), (1, 2, 102), (7, 4, 112)])
+def test_vocabulary_is_padded_and_unpadded(gqa: Path, tmp_path: Path, divisor: int, tensor: int, padded: int) -> None:
+    target = convert(gqa, tmp_path / "m", layout=Layout(tensor, 1, divisor))
+    rows = 0
+    for path in sorted((target / "release").glob("*/model_optim_rng.pt")):
+        with torch.serialization.safe_globals([Namespace]):
+            content = torch.load(path, weights_only=True)
+        rows += len(content["model"]["embedding.word_embeddings.weight"])
+        assert content["args"].padded_vocab_size == padded
+    assert rows == padded
+    assert len(tensors(convert(target, tmp_path / "hf", format="hf"))["lm_head.weight"]) == 101
+
+
+@pytest.mark.parametrize("dtype,kind", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_dtype_is_cast_as_torch_casts(gqa: Path, tmp_path: Path, dtype: str, kind: torch.dtype) -> None:
+    wanted, found = tensors(gqa), tensors(convert(gqa, tmp_path / "out", format="hf", dtype=dtype))
+    assert all(torch.equal(wanted[key].to(kind), found[key]) for key in wanted)
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == kind
+
+
+def test_config_reads_both_spellings_of_transformers() -> None:
+    old = {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "vocab_size": 100, "rope_theta": 5e5, "torch_dtype": "bfloat16",
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    }  # fmt: skip
+    new = {key: value for key, value in old.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    new |= {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}, "dtype": "bfloat16"}
+    assert config_from_hf(old, "old") == config_from_hf(new, "new")
+    written = config_to_hf(config_from_hf(new, "new"), "bf16")
+    assert config_from_hf(written, "written") == config_from_hf(old, "old")
+
+
+def test_source_is_never_changed(gqa: Path, tmp_path: Path) -> None:
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in gqa.iterdir()}
+    convert(convert(gqa, tmp_path / "m", tensor=2), tmp_path / "hf", format="hf")
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in gqa.iterdir()}
+    assert read_hf_config(tmp_path / "hf" / "config.json") == read_hf_config(gqa / "config.json")
