@@ -28,12 +28,12 @@ from megatron.pruning.arguments import (
     layout_from_flags,
     run,
 )
-from megatron.pruning.checkpoint import Checkpoint
+from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.choose import random_criterion
 from megatron.pruning.config import hf_export_problem
 from megatron.pruning.formats import FORMATS, open_checkpoint, save_checkpoint
 from megatron.pruning.output import check_target, write_durably
-from megatron.pruning.plan import PLAN_FILE, PRUNE_TYPES, Plan, Target, describe, make_plan, resolve_target
+from megatron.pruning.plan import PRUNE_TYPES, Plan, Target, describe, make_plan, resolve_target
 from megatron.pruning.processes import World
 from megatron.pruning.pruned import Pruned
 from megatron.pruning.views import BYTES
@@ -79,7 +79,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def layer_list(text: str) -> tuple[int, ...]:
     """Read a comma-separated list of layer numbers."""
-    return tuple(int(item) for item in text.split(",") if item.strip())
+    try:
+        return tuple(int(item) for item in text.split(",") if item.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer numbers such as 7,13,18") from None
 
 
 def decide(args: argparse.Namespace, parent: Checkpoint) -> Plan:

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 4 tests/gpt_model_worker.py JOBS.json
 
 A job is {"checkpoint": DIR, "tensor": T, "pipeline": P, "logits": FILE}; FILE holds {"tokens", "logits"} of torch.save.
-Each job's largest difference, and the keys and shapes that the model expects of each rank file, go to JOBS.json.results.
+Loading is strict, and every key and shape of a rank file must be the model's. The jobs' largest differences go to
+JOBS.results.
 """
 # ruff: noqa: E402 - the stand-in for the device must be in place before Megatron is imported
 
@@ -27,9 +28,10 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder
 
-CPU_FLAGS = """--transformer-impl local --use-cpu-initialization --no-gradient-accumulation-fusion --no-persist-layer-norm
-    --no-masked-softmax-fusion --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --attention-backend unfused
-    --micro-batch-size 1 --train-iters 1 --lr 1e-4 --distributed-backend gloo""".split()
+CPU_FLAGS = """--transformer-impl local --attention-backend unfused --use-cpu-initialization
+    --no-gradient-accumulation-fusion --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion
+    --no-bias-swiglu-fusion --no-bias-dropout-fusion --micro-batch-size 1 --train-iters 1 --lr 1e-4
+    --distributed-backend gloo""".split()
 
 
 os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it whenever there is tensor parallelism

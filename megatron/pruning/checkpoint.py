@@ -11,6 +11,8 @@ from megatron.pruning.layout import Layout
 from megatron.pruning.table import Weight, all_weights
 from megatron.pruning.views import BYTES, View
 
+PLAN_FILE = "prune_plan.json"  # lies beside the weights of a pruned checkpoint
+
 # Files that travel with a model beside its weights and its config.json.
 CARRIED_PATTERNS = (
     "tokenizer*",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron.pruning.checkpoint import Checkpoint
+from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.hf_format import HfCheckpoint, hf_output
 from megatron.pruning.layout import Layout
 from megatron.pruning.output import write_files
@@ -62,4 +62,7 @@ def save_checkpoint(
         files, own_texts = torch_output(checkpoint, layout, dtype)
     else:
         raise ValueError(f"--format {format}: choose one of {', '.join(FORMATS)}")
-    write_files(files, {**own_texts, **(texts or {})}, path, f"writing {path}", overwrite, world or World())
+    plan = checkpoint.path / PLAN_FILE
+    kept_plan = {PLAN_FILE: plan.read_bytes()} if plan.is_file() else {}
+    all_texts = {**own_texts, **kept_plan, **(texts or {})}
+    write_files(files, all_texts, path, f"writing {path}", overwrite, world or World())

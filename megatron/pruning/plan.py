@@ -19,7 +19,6 @@ from megatron.pruning.layout import Layout
 from megatron.pruning.views import Index
 
 VERSION = 1
-PLAN_FILE = "prune_plan.json"
 LAYER_AXES = ("groups", "heads", "ffn")
 PRUNE_TYPES = ("balance", "unbalance")
 

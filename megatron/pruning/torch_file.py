@@ -6,6 +6,7 @@ not be importable and nothing of it runs. Tensors load on the meta device, which
 """
 
 import argparse
+import os
 import pickle
 import signal
 import zipfile
@@ -101,8 +102,13 @@ class TorchFile(OutputFile):
         kinds = {name: dtype for dtype, name in DTYPES.items()}
         # Under skip_data the tensors' memory is never touched and the file gets a hole in place of each.
         model = {key: torch.empty(view.shape, dtype=kinds[view.dtype]) for key, view in self.views.items()}
-        with torch.serialization.skip_data():
-            torch.save({**self.header, "model": model}, path)
+        try:
+            with torch.serialization.skip_data():
+                torch.save({**self.header, "model": model}, path)
+        except RuntimeError:
+            with path.open("r+b") as file:  # torch does not say what stopped it: a full disk, a size limit
+                os.posix_fallocate(file.fileno(), 0, self.nbytes)
+            raise
         del model
-        file = File(path)
-        return {key: stored(file, key, tensor).offset for key, tensor in load_torch(path)["model"].items()}
+        written = File(path)
+        return {key: stored(written, key, tensor).offset for key, tensor in load_torch(path)["model"].items()}

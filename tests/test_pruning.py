@@ -1,0 +1,242 @@
+"""A pruned model is exactly its masked parent, and every way to make it gives the same bytes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHAPES, hf_logits, make_llama, tensors
+from test_conversion import convert, same_tree
+from transformers import LlamaForCausalLM
+
+import prune_llama
+from megatron.pruning.choose import best, random_criterion
+from megatron.pruning.formats import open_checkpoint
+from megatron.pruning.layout import Layout
+from megatron.pruning.plan import Plan, Target, fingerprint, from_ranges, make_plan, to_ranges
+from megatron.pruning.table import TABLE, split_dim
+
+WIDTHS = {  # what remains of each shape of conftest.py: every axis but the hidden size, which comes apart
+    "mha": ["--num-attention-heads-remain=2", "--ffn-hidden-size-remain=40"],
+    "gqa": ["--num-attention-heads-remain=4", "--ffn-hidden-size-remain=52"],
+    "tied": ["--num_attention_heads_remain", "2", "--ffn_hidden_size_remain", "20"],
+    "llama3": ["--num-attention-heads-remain=4", "--num-query-groups-remain=2", "--ffn-hidden-size-remain=60"],
+}
+
+
+def prune(source: Path, target: Path, *flags: str) -> Path:
+    prune_llama.main(["--load", str(source), "--save", str(target), *flags])
+    return target
+
+
+def plan_of(path: Path) -> Plan:
+    return Plan.from_json((path / "prune_plan.json").read_text(), str(path))
+
+
+def sliced(state: dict[str, torch.Tensor], plan: Plan, head_dim: int) -> dict[str, torch.Tensor]:
+    """Prune a Hugging Face state dict weight by weight, name by name: what the project derives from its table."""
+
+    def rows(heads: np.ndarray) -> torch.Tensor:
+        return torch.tensor([h * head_dim + i for h in heads.tolist() for i in range(head_dim)])
+
+    hidden, out = torch.tensor(plan.hidden), {}
+    for new, old in enumerate(plan.layers.tolist()):
+        heads, groups, ffn = rows(plan.heads[new]), rows(plan.groups[new]), torch.tensor(plan.ffn[new])
+        for name, (first, second) in {
+            "self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (groups, hidden),
+            "self_attn.v_proj": (groups, hidden), "self_attn.o_proj": (hidden, heads),
+            "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn),
+        }.items():  # fmt: skip
+            out[f"model.layers.{new}.{name}.weight"] = state[f"model.layers.{old}.{name}.weight"][first][:, second]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            out[f"model.layers.{new}.{name}.weight"] = state[f"model.layers.{old}.{name}.weight"][hidden]
+    out["model.norm.weight"] = state["model.norm.weight"][hidden]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in state:
+            out[name] = state[name][:, hidden]
+    return out
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_every_weight_keeps_exactly_the_chosen_coordinates(tmp_path: Path, shape: str) -> None:
+    source = make_llama(tmp_path / "hf", shape)
+    flags = [*WIDTHS[shape], "--hidden-size-remain=24", "--drop-layers=1", "--format=hf"]
+    pruned = prune(source, tmp_path / "pruned", *flags)
+    plan = plan_of(pruned)
+    assert len(plan.hidden) == 24 and plan.layers.tolist() == [0, 2, 3]
+    head_dim = LlamaForCausalLM.from_pretrained(source).config.head_dim
+    wanted, found = sliced(tensors(source), plan, head_dim), tensors(pruned)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_pruned_model_equals_masked_parent(tmp_path: Path, shape: str) -> None:
+    source = make_llama(tmp_path / "hf", shape)
+    pruned = prune(source, tmp_path / "pruned", *WIDTHS[shape], "--drop-layers=0,2", "--format=hf")
+    plan, tokens = plan_of(pruned), torch.randint(0, 101, (2, 30), generator=torch.Generator().manual_seed(1))
+    parent = LlamaForCausalLM.from_pretrained(source, dtype=torch.float64, attn_implementation="eager").eval()
+    parent.config.use_cache = False
+    kept = [parent.model.layers[layer] for layer in plan.layers]
+    with torch.no_grad():
+        for layer, heads, ffn in zip(kept, plan.heads, plan.ffn, strict=True):
+            mask = torch.zeros(parent.config.num_attention_heads, parent.config.head_dim, dtype=torch.float64)
+            mask[heads] = 1
+            layer.self_attn.o_proj.weight.mul_(mask.flatten())
+            mask = torch.zeros(parent.config.intermediate_size, dtype=torch.float64)
+            mask[ffn] = 1
+            layer.mlp.down_proj.weight.mul_(mask)
+        parent.model.layers = torch.nn.ModuleList(kept)
+        masked = parent(tokens).logits
+    assert masked.std() > 0.1
+    difference = (hf_logits(pruned, tokens, torch.float64) - masked).abs().max()
+    assert difference < 1e-14 * masked.abs().max()  # the mathematics is equal; BLAS may sum zeros in another order
+
+
+def test_pruning_and_resharding_commute(llama: Path, tmp_path: Path) -> None:
+    flags = ["--hidden-size-remain=24", "--ffn-hidden-size-remain=20", "--drop-layers=1,3"]
+    first = prune(convert(llama, tmp_path / "tp2", tensor=2), tmp_path / "pruned", *flags)
+    a = convert(first, tmp_path / "a", tensor=4, pipeline=2)
+    plan = ["--plan", str(first / "prune_plan.json")]
+    b = prune(convert(llama, tmp_path / "tp4", tensor=4, pipeline=2), tmp_path / "b", *plan)
+    assert same_tree(a, b)
+
+
+def test_any_number_of_processes_and_any_source_give_the_same_bytes(gqa: Path, tmp_path: Path) -> None:
+    flags = ["--hidden_size_remain", "24", "--num_attention_heads_remain", "4", "--tensor-model-parallel-size", "2"]
+    one = prune(gqa, tmp_path / "one", *flags)
+    from_shards = prune(convert(gqa, tmp_path / "shards", tensor=4, pipeline=2), tmp_path / "from", *flags,
+                        "--pipeline-model-parallel-size=1")  # fmt: skip
+    assert same_tree(one, from_shards)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [str(ROOT / "prune_llama.py"), "--load", str(gqa), "--save", str(tmp_path / "two"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launch, *command], env=environment, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("parameters") == 2  # the parent's line and the table's, from one process only
+    assert same_tree(one, tmp_path / "two")
+
+
+def test_same_seed_same_plan_and_another_seed_another(gqa: Path, tmp_path: Path) -> None:
+    flags = ["--ffn-hidden-size-remain=40", "--format=hf"]
+    plans = [plan_of(prune(gqa, tmp_path / name, *flags, "--seed", seed)) for name, seed in
+             (("a", "7"), ("b", "7"), ("c", "8"))]  # fmt: skip
+    assert plans[0].to_json() == plans[1].to_json() != plans[2].to_json()
+    assert not np.array_equal(plans[0].ffn[0], plans[0].ffn[1])  # every layer chooses for itself
+
+
+def test_random_choice_is_pinned() -> None:
+    # A seed must give the same plan with every later numpy.
+    scores = random_criterion(1234, {"ffn": 12})("ffn", 3)
+    assert best(scores, 6, blocks=2).tolist() == [2, 4, 5, 6, 8, 11]
+
+
+def test_plan_file_round_trips_and_applies(gqa: Path, tmp_path: Path) -> None:
+    flags = ["--num-attention-heads-remain=4", "--drop-layers=2", "--format=hf"]
+    made = prune(gqa, tmp_path / "made", *flags)
+    text = (made / "prune_plan.json").read_text()
+    assert Plan.from_json(text, "x").to_json() == text
+    prune(gqa, tmp_path / "only", *flags, "--plan-only")
+    assert not (tmp_path / "only").exists()
+    plan_file = tmp_path / "only.prune_plan.json"
+    assert plan_file.read_text() == text
+    applied = prune(gqa, tmp_path / "applied", "--plan", str(plan_file), "--format=hf")
+    assert same_tree(made, applied)
+
+
+def test_plan_is_refused_on_another_parent_and_when_tampered_with(gqa: Path, tmp_path: Path) -> None:
+    prune(gqa, tmp_path / "x", "--ffn-hidden-size-remain=40", "--plan-only")
+    file = tmp_path / "x.prune_plan.json"
+    twin = make_llama(tmp_path / "twin", "gqa", layers=4, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="same shape, other weights"):
+        prune(twin, tmp_path / "y", "--plan", str(file))
+    other = make_llama(tmp_path / "other", "gqa", layers=3)
+    with pytest.raises(ValueError, match="the plan is for a parent of"):
+        prune(other, tmp_path / "y", "--plan", str(file))
+    with pytest.raises(ValueError, match="keeps ffn 40, but the flags ask for 32"):
+        prune(gqa, tmp_path / "y", "--plan", str(file), "--ffn-hidden-size-remain=32")
+    content = json.loads(file.read_text())
+    for change, message in (
+        (lambda c: c["keep"].update(hidden="0-99"), "must ascend within 0-39"),
+        (lambda c: c["keep"]["per_layer"][0].update(heads="0-6"), "same number of its own heads|kept in one layer"),
+        (lambda c: c["keep"]["per_layer"].pop(), "for 3 layers, but 4 are kept"),
+        (lambda c: c.update(version=99), "version 99"),
+        (lambda c: c.pop("keep"), "not a pruning plan"),
+        (lambda c: c["keep"].update(layers="0-99999999999"), "not a range"),
+    ):
+        broken = json.loads(json.dumps(content))
+        change(broken)
+        file.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=message):
+            prune(gqa, tmp_path / "y", "--plan", str(file))
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_balance_keeps_the_same_number_in_every_block(gqa: Path, tensor: int) -> None:
+    rng = np.random.default_rng(0)
+    table = {axis: rng.random((4, size)) for axis, size in (("groups", 4), ("heads", 8), ("ffn", 72))}
+    plan = make_plan(
+        open_checkpoint(gqa), Target(heads=4, ffn=40), lambda axis, layer: table[axis][layer],
+        layout=Layout(tensor),
+    )  # fmt: skip
+    for layer in range(4):
+        counts = np.bincount(plan.ffn[layer] * tensor // 72, minlength=tensor)
+        assert counts.tolist() == [40 // tensor] * tensor
+        for block in range(tensor):
+            mine = range(72 * block // tensor, 72 * (block + 1) // tensor)
+            best_here = sorted(sorted(mine, key=lambda i: -table["ffn"][layer][i])[: 40 // tensor])
+            assert [i for i in plan.ffn[layer].tolist() if i in mine] == best_here
+        for group in range(4):
+            pair = [2 * group, 2 * group + 1]
+            assert [h for h in plan.heads[layer].tolist() if h in pair] == [max(pair, key=table["heads"][layer].item)]
+
+
+def test_unbalanced_shards_are_written_as_they_fall_and_merge(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", "mha")
+    flags = ["--num-attention-heads-remain=2", "--ffn-hidden-size-remain=39", "--prune-type=unbalance",
+             "--tensor-model-parallel-size=2"]  # fmt: skip
+    uneven = prune(source, tmp_path / "uneven", *flags, "--seed=3")
+    plan = plan_of(uneven)
+    assert all(len(ffn) == 39 for ffn in plan.ffn)
+    wanted = sliced(tensors(source), plan, 16)
+    widths = []
+    for rank in (0, 1):
+        path = uneven / "release" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
+        with torch.serialization.safe_globals([Namespace]):
+            model = torch.load(path, weights_only=True)["model"]
+        down = model["decoder.layers.1.mlp.linear_fc2.weight"]
+        kept = [i for i, ffn in enumerate(plan.ffn[1].tolist()) if ffn * 2 // 88 == rank]
+        assert torch.equal(down, wanted["model.layers.1.mlp.down_proj.weight"][:, kept])
+        widths.append(down.shape[1])
+    assert sum(widths) == 39 and widths[0] != widths[1]
+    merged = tensors(convert(convert(uneven, tmp_path / "tp1"), tmp_path / "out", format="hf"))
+    assert all(torch.equal(wanted[key], merged[key]) for key in wanted)
+    with pytest.raises(ValueError, match=re.escape("does not divide the ffn hidden size 39")):
+        convert(uneven, tmp_path / "tp2", tensor=2)
+
+
+def test_fingerprint_is_of_the_model_not_of_its_files(gqa: Path, tmp_path: Path) -> None:
+    shards = convert(gqa, tmp_path / "m", tensor=4, pipeline=2)
+    assert fingerprint(open_checkpoint(gqa)) == fingerprint(open_checkpoint(shards))
+
+
+def test_ranges_round_trip() -> None:
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 50, 999):
+        index = np.sort(rng.choice(2000, size, replace=False))
+        assert np.array_equal(from_ranges(to_ranges(index)), index)
+    assert to_ranges([0, 1, 2, 3, 5]) == "0-3,5"
+
+
+def test_table_splits_each_weight_along_at_most_one_dim() -> None:
+    assert {weight.name: split_dim(weight) for weight in TABLE} == {
+        "embed": 0, "attn_norm": None, "q": 0, "k": 0, "v": 0, "o": 1, "mlp_norm": None, "gate": 0, "up": 0, "down": 1,
+        "final_norm": None, "lm_head": 0,
+    }  # fmt: skip
