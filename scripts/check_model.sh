@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# Continue pretraining a pruned checkpoint in the stock Megatron loop: on GPUs (nccl, bf16, TransformerEngine when it is
+# installed) or without (gloo). Run it again to resume from SAVE_PATH, with the same order of data.
+#
+#   LOAD_PATH=llama-7b-tp8 SAVE_PATH=recovered DATA_PATH="0.7 pile_a_text_document 0.3 pile_b_text_document" \
+#   TOKENIZER_MODEL=Llama-2-13b/tokenizer.model GPUS_PER_NODE=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 \
+#   bash scripts/check_model.sh
+#
+# Further flags of pretrain_gpt.py (all of Megatron's) may follow and win over those given here.
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+RUNS=${RUNS:-$HERE/runs}
+
+if [ -z "${LOAD_PATH:-}" ]; then # the embedded model, pruned by scripts/prune_llama.sh
+    DATA_PATH=${DATA_PATH:-$RUNS/data/train_text_document}
+    VALID_DATA_PATH=${VALID_DATA_PATH:-$RUNS/data/valid_text_document}
+    TOKENIZER_TYPE=${TOKENIZER_TYPE:-Llama2Tokenizer}
+    TOKENIZER_MODEL=${TOKENIZER_MODEL:-$HERE/assets/tiny-llama/tokenizer.model}
+    SEQ_LENGTH=${SEQ_LENGTH:-256}
+    MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-8}
+    GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-16}
+    TRAIN_ITERS=${TRAIN_ITERS:-200}
+    LR=${LR:-2e-3}
+    MIN_LR=${MIN_LR:-2e-4}
+    LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-$((TRAIN_ITERS / 15))}
+    SAVE_INTERVAL=${SAVE_INTERVAL:-100}
+    EVAL_INTERVAL=${EVAL_INTERVAL:-50}
+    LOG_INTERVAL=${LOG_INTERVAL:-10}
+fi
+LOAD_PATH=${LOAD_PATH:-$RUNS/pruned}      # the pruned checkpoint to start from
+SAVE_PATH=${SAVE_PATH:-${CHECKPOINT_PATH:-$RUNS/recovered}} # where training saves, and resumes from
+DATA_PATH=${DATA_PATH:-}                       # .bin/.idx prefix, or "weight prefix weight prefix ..."
+VALID_DATA_PATH=${VALID_DATA_PATH:-}           # empty: SPLIT of DATA_PATH
+SPLIT=${SPLIT:-949,50,1}
+TOKENIZER_TYPE=${TOKENIZER_TYPE:-Llama2Tokenizer}
+TOKENIZER_MODEL=${TOKENIZER_MODEL:-}
+TENSORBOARD_PATH=${TENSORBOARD_PATH:-$SAVE_PATH/tensorboard}
+# The hyper-parameters of the reference's 13B -> 7B recovery: 4.2M tokens a step, 20B in all.
+SEQ_LENGTH=${SEQ_LENGTH:-4096}
+MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}
+GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-1024}
+TRAIN_ITERS=${TRAIN_ITERS:-4800}
+LR=${LR:-2.5e-5}
+MIN_LR=${MIN_LR:-1e-5}
+LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-50}
+WEIGHT_DECAY=${WEIGHT_DECAY:-1e-2}
+CLIP_GRAD=${CLIP_GRAD:-1.0}
+SAVE_INTERVAL=${SAVE_INTERVAL:-500}
+EVAL_INTERVAL=${EVAL_INTERVAL:-100}
+EVAL_ITERS=${EVAL_ITERS:-10}
+LOG_INTERVAL=${LOG_INTERVAL:-1}
+
+source "$HERE/scripts/common.sh"
+
+[ -n "$DATA_PATH" ] || die "DATA_PATH is empty: name the prefix of a .bin and .idx that tools/preprocess_data.py made"
+[ -n "$TOKENIZER_MODEL" ] || die "TOKENIZER_MODEL is empty: name the tokenizer that made the data"
+[ -d "$LOAD_PATH" ] || die "LOAD_PATH $LOAD_PATH: no such directory; scripts/prune_llama.sh makes it"
+
+[ "$LR_WARMUP_ITERS" -lt "$TRAIN_ITERS" ] ||
+    die "LR_WARMUP_ITERS $LR_WARMUP_ITERS must be less than TRAIN_ITERS $TRAIN_ITERS"
+
+# The model's own flags lie beside a checkpoint that this project wrote; of others, stock Megatron knows most.
+model=(--use-checkpoint-args)
+if [ -f "$LOAD_PATH/megatron_args.txt" ]; then
+    read -ra model -d '' <"$LOAD_PATH/megatron_args.txt" || true
+fi
+[ -n "${TP:-}" ] && model+=(--tensor-model-parallel-size "$TP")
+[ -n "${PP:-}" ] && model+=(--pipeline-model-parallel-size "$PP")
+
+size_of() { # the value of a flag in the model's own
+    local i value=1
+    for ((i = 0; i < ${#model[@]}; i++)); do
+        if [ "${model[i]}" = "$1" ]; then value=${model[i + 1]}; fi
+    done
+    echo "$value"
+}
+gpus=$(count_gpus)
+if [ "$gpus" -gt 0 ]; then
+    GPUS_PER_NODE=${GPUS_PER_NODE:-$gpus}
+    precision=(--bf16)
+else
+    GPUS_PER_NODE=${GPUS_PER_NODE:-$(($(size_of --tensor-model-parallel-size) * $(size_of --pipeline-model-parallel-size)))}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    precision=()
+fi
+
+read -ra data <<<"$DATA_PATH"
+if [ -n "$VALID_DATA_PATH" ]; then
+    read -ra valid <<<"$VALID_DATA_PATH"
+    data=(--train-data-path "${data[@]}" --valid-data-path "${valid[@]}" --test-data-path "${valid[@]}")
+else
+    data=(--data-path "${data[@]}" --split "$SPLIT")
+fi
+
+launch "$GPUS_PER_NODE" "$ROOT/pretrain_gpt.py" "${model[@]}" "${precision[@]}" "${data[@]}" \
+    --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER_MODEL" \
+    --load "$SAVE_PATH" --pretrained-checkpoint "$LOAD_PATH" --save "$SAVE_PATH" --ckpt-format torch \
+    --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" \
+    --train-iters "$TRAIN_ITERS" --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine \
+    --lr-warmup-iters "$LR_WARMUP_ITERS" --weight-decay "$WEIGHT_DECAY" --clip-grad "$CLIP_GRAD" \
+    --adam-beta1 0.9 --adam-beta2 0.95 --calculate-per-token-loss \
+    --save-interval "$SAVE_INTERVAL" --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" \
+    --log-interval "$LOG_INTERVAL" --tensorboard-dir "$TENSORBOARD_PATH" "$@"

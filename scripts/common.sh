@@ -1,0 +1,38 @@
+# Sourced by every script after its settings: the Python to use, and how processes are started.
+#
+#   PYTHON         an interpreter that has everything (default: .venv, which scripts/setup.sh makes)
+#   GPUS_PER_NODE  processes on this machine; NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT as torchrun means them
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ -z "${PYTHON:-}" ]; then
+    bash "$ROOT/scripts/setup.sh"
+    PYTHON=$ROOT/.venv/bin/python
+fi
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron asks for it with tensor parallelism
+
+die() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# The number of GPUs here, 0 without any.
+count_gpus() {
+    { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l
+}
+
+# launch PROCESSES SCRIPT ARGS...: PROCESSES on each of NNODES machines, through torchrun when there is more than one.
+launch() {
+    local processes=$1
+    shift
+    if [ "$processes" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
+        "$PYTHON" "$@"
+        return
+    fi
+    local where=(--standalone)
+    if [ "${NNODES:-1}" != 1 ]; then
+        where=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-localhost}"
+            --master_port "${MASTER_PORT:-6000}")
+    fi
+    "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" --nnodes "${NNODES:-1}" "${where[@]}" "$@"
+}

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Prune a Llama to a smaller one. The parent is a Megatron or a Hugging Face checkpoint; no GPU is used.
+#
+#   LOAD_PATH=llama-13b-tp8 SAVE_PATH=llama-7b-tp8 TP=8 HIDDEN_SIZE_REMAIN=4096 NUM_ATTENTION_HEADS_REMAIN=32 \
+#   FFN_HIDDEN_SIZE_REMAIN=11008 DROP_LAYERS=8,13,18,23,28,31,34,36 bash scripts/prune_llama.sh
+#
+# An axis left empty stays as it is. Further flags of prune_llama.py may follow, e.g. --plan-only, --seed 7, --overwrite.
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# The embedded model to about half its parameters; with a LOAD_PATH of your own, say what remains.
+if [ -z "${LOAD_PATH:-}" ]; then
+    HIDDEN_SIZE_REMAIN=${HIDDEN_SIZE_REMAIN-128}
+    NUM_ATTENTION_HEADS_REMAIN=${NUM_ATTENTION_HEADS_REMAIN-}
+    FFN_HIDDEN_SIZE_REMAIN=${FFN_HIDDEN_SIZE_REMAIN-288}
+    DROP_LAYERS=${DROP_LAYERS-3,5}
+fi
+LOAD_PATH=${LOAD_PATH:-${RUNS:-$HERE/runs}/parent}
+SAVE_PATH=${SAVE_PATH:-${RUNS:-$HERE/runs}/pruned}
+TP=${TP:-2}
+PP=${PP:-1}
+PRUNE_TYPE=${PRUNE_TYPE:-balance}
+GPUS_PER_NODE=${GPUS_PER_NODE:-1} # processes that share the writing
+
+source "$HERE/scripts/common.sh"
+remain=()
+[ -n "${HIDDEN_SIZE_REMAIN:-}" ] && remain+=(--hidden_size_remain "$HIDDEN_SIZE_REMAIN")
+[ -n "${NUM_ATTENTION_HEADS_REMAIN:-}" ] && remain+=(--num_attention_heads_remain "$NUM_ATTENTION_HEADS_REMAIN")
+[ -n "${NUM_QUERY_GROUPS_REMAIN:-}" ] && remain+=(--num_query_groups_remain "$NUM_QUERY_GROUPS_REMAIN")
+[ -n "${FFN_HIDDEN_SIZE_REMAIN:-}" ] && remain+=(--ffn_hidden_size_remain "$FFN_HIDDEN_SIZE_REMAIN")
+[ -n "${DROP_LAYERS:-}" ] && remain+=(--drop_layers "$DROP_LAYERS")
+
+launch "$GPUS_PER_NODE" "$ROOT/prune_llama.py" --is_prune "${remain[@]}" --prune_type "$PRUNE_TYPE" \
+    --load "$LOAD_PATH" --save "$SAVE_PATH" \
+    --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" "$@"

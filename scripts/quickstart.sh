@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The main job on the embedded model, start to end: convert, prune to half, train on, merge, export, generate, compare.
+# Every step is one of the project's scripts with its defaults. A few minutes on two CPU cores; run it again to start over.
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+export RUNS=${RUNS:-$HERE/runs/quickstart} # everything lands here
+export TRAIN_ITERS=${TRAIN_ITERS:-300}     # steps of continued pretraining
+export TP=${TP:-2}
+
+# Settings of another job in this shell must not leak into the demonstration.
+unset HF_FORMAT_DIR MEGATRON_FORMAT_DIR LOAD_PATH SAVE_PATH CHECKPOINT_PATH DATA_PATH VALID_DATA_PATH TOKENIZER_MODEL
+unset HIDDEN_SIZE_REMAIN NUM_ATTENTION_HEADS_REMAIN NUM_QUERY_GROUPS_REMAIN FFN_HIDDEN_SIZE_REMAIN DROP_LAYERS PP
+
+source "$HERE/scripts/common.sh"
+say() { printf '\n== %s\n' "$*"; }
+
+say "1/8 text: Python's standard library as tokens"
+"$PYTHON" "$ROOT/tools/make_tiny_llama.py" --data-only "$RUNS/data"
+for part in train valid; do
+    "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$RUNS/data/$part.jsonl" --output-prefix "$RUNS/data/$part" \
+        --tokenizer-type Llama2Tokenizer --tokenizer-model "$ROOT/assets/tiny-llama/tokenizer.model" --append-eod \
+        --workers 2
+done
+
+say "2/8 convert: Hugging Face -> Megatron, tensor parallel $TP"
+bash "$ROOT/tools/checkpoint_conversion/hf_to_megatron.sh" --overwrite
+
+say "3/8 prune: to about half the parameters"
+bash "$ROOT/scripts/prune_llama.sh" --overwrite
+
+say "4/8 train on: $TRAIN_ITERS steps of the stock Megatron loop (log: $RUNS/train.log)"
+rm -rf "$RUNS/recovered"
+bash "$ROOT/scripts/check_model.sh" 2>&1 | tee "$RUNS/train.log" |
+    grep --line-buffered -oE 'iteration +[0-9]+/ *[0-9]+|lm loss: [^|]*|validation loss at [^|]*\|[^|]*|error: .*' || true
+[ -f "$RUNS/recovered/latest_checkpointed_iteration.txt" ] || die "training saved no checkpoint: see $RUNS/train.log"
+
+say "5/8 transfer: tensor parallel $TP -> 1"
+TP=1 bash "$ROOT/scripts/transfer.sh" --overwrite
+
+say "6/8 export: Megatron -> Hugging Face"
+bash "$ROOT/tools/checkpoint_conversion/megatron_to_hf.sh" --dtype bf16 --overwrite
+
+say "7/8 generate, with transformers"
+"$PYTHON" "$ROOT/tools/generate.py" --load "$RUNS/recovered-hf" --prompt 'def __init__(self, ' --prompt 'import '
+
+say "8/8 compare: validation loss"
+"$PYTHON" "$ROOT/tools/evaluate.py" --data "$RUNS/data/valid_text_document" --sequence-length 256 --max-tokens 65536 \
+    --load "$ROOT/assets/tiny-llama" --load "$RUNS/pruned" --load "$RUNS/recovered-hf" --json "$RUNS/losses.json"
+read -r parent pruned < <("$PYTHON" -c "
+import json, sys
+print(*(f\"{run['loss']:.4f}\" for run in json.load(open(sys.argv[1]))[:2]))" "$RUNS/losses.json")
+"$PYTHON" "$ROOT/tools/plot_loss.py" --run "recovered=$RUNS/recovered/tensorboard" --line "parent=$parent" \
+    --line "pruned=$pruned" --title "tiny-llama, pruned to half and trained on" --output "$RUNS/loss.png"
