@@ -52,12 +52,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_llama(
-    path: Path, shape: str = "gqa", layers: int = 4, dtype: torch.dtype = torch.float32, **save: Any
+    path: Path,
+    shape: str = "gqa",
+    layers: int = 4,
+    dtype: torch.dtype = torch.float32,
+    vocab: int = 101,
+    **save: Any,
 ) -> Path:
     """Save a random Llama, its norms' gains random too, as Hugging Face does it."""
     torch.manual_seed(len(shape) + layers)
     config = LlamaConfig(
-        num_hidden_layers=layers, vocab_size=101, max_position_embeddings=64, rms_norm_eps=1e-4, **SHAPES[shape]
+        num_hidden_layers=layers, vocab_size=vocab, max_position_embeddings=64, rms_norm_eps=1e-4, **SHAPES[shape]
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
