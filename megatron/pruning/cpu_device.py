@@ -1,0 +1,315 @@
+"""Stands the CPU in for the CUDA device, so that the stock Megatron training loop runs without a GPU.
+
+Megatron names the device in four ways: `device="cuda"` given to torch's factories, `.cuda()` on tensors and modules,
+the bookkeeping of `torch.cuda` (streams, events, memory, random state), and the names of tensor types. `install()`
+answers each of them with the CPU. It does nothing on a machine where torch sees a GPU, it is called once, at
+import of the entry script and before `megatron.training` is imported (Megatron binds some of these names at import, and
+the checkpoint writer spawns children that import the entry script again), and no other module knows about it.
+
+    from megatron.pruning import cpu_device
+    cpu_device.install()
+
+`add_defaults` and `refuse` are its other half: what the stock command line must say on a CPU, said for the user, and
+one clear sentence for what cannot work there.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+# Stock flags (argparse destinations) as a CPU needs them. They are defaults: what the user types wins, and `refuse`
+# says what cannot work. Fusions are CUDA kernels; gloo is the only backend; the data loader's worker processes would
+# compete with the ranks for the same cores.
+CPU_DEFAULTS: dict[str, Any] = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "disable_jit_fuser": True,
+    "attention_backend": "unfused",
+    "num_workers": 0,
+}
+
+FACTORIES = (
+    "arange as_tensor empty empty_like empty_strided eye full full_like linspace logspace ones ones_like rand "
+    "rand_like randint randint_like randn randn_like randperm scalar_tensor tensor zeros zeros_like"
+).split()
+NEW_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
+
+
+def install() -> bool:
+    """Answers every use of the CUDA device with the CPU, unless there is one.
+
+    Returns:
+        True when the stand-in is in place (now or from an earlier call), False where torch sees a GPU.
+    """
+    if is_installed():
+        return True
+    if torch.cuda.is_available():
+        return False
+    _set_environment()
+    _redirect_factories()
+    _redirect_moves()
+    _replace_bookkeeping()
+    _replace_random_state()
+    torch.cuda._stands_for_cpu = True  # type: ignore[attr-defined]
+    return True
+
+
+def is_installed() -> bool:
+    """Whether `install` has put the CPU in the place of the CUDA device in this process."""
+    return getattr(torch.cuda, "_stands_for_cpu", False)
+
+
+def add_defaults(parser: argparse.ArgumentParser) -> None:
+    """Gives the stock parser the defaults that a CPU needs.
+
+    Args:
+        parser: the parser that holds all of Megatron's arguments.
+    """
+    from megatron.core.transformer.enums import AttnBackend
+
+    known = {action.dest for action in parser._actions}
+    defaults = {name: value for name, value in CPU_DEFAULTS.items() if name in known}
+    parser.set_defaults(**defaults | {"attention_backend": AttnBackend[CPU_DEFAULTS["attention_backend"]]})
+
+
+def refuse(args: argparse.Namespace) -> None:
+    """Checks that the parsed flags can work on a CPU.
+
+    Raises:
+        ValueError: one sentence naming the flag, why it cannot work without a GPU and what to do instead.
+    """
+    needs_gpu = {
+        "--distributed-backend nccl": args.distributed_backend == "nccl",
+        "--transformer-impl transformer_engine": args.transformer_impl == "transformer_engine",
+        "--transformer-impl inference_optimized": args.transformer_impl == "inference_optimized",
+        "--fp8-format": bool(args.fp8),
+        "--fp4-format": bool(getattr(args, "fp4", None)),
+        "--fp16": args.fp16,
+        "--cuda-graph-impl": args.cuda_graph_impl != "none",
+        "--use-megatron-fsdp": args.use_megatron_fsdp,
+        "--use-torch-fsdp2": args.use_torch_fsdp2,
+        "--tp-comm-overlap": args.tp_comm_overlap,
+        "--cp-comm-type with --context-parallel-size above 1": args.context_parallel_size > 1,
+        "--attention-backend": args.attention_backend.name in ("flash", "fused"),
+    }
+    asked = [flag for flag, given in needs_gpu.items() if given]
+    if asked:
+        raise ValueError(
+            f"{' and '.join(asked)} needs a GPU and torch sees none here: leave it out to train on the CPU"
+        )
+
+
+def adjust(config: Any) -> None:
+    """Sets what no stock flag sets in a transformer configuration.
+
+    Args:
+        config: a megatron.core TransformerConfig, changed in place.
+    """
+    # gloo may still be reading a stage's output when Megatron frees it: virtual pipelines then train on wrong numbers.
+    config.deallocate_pipeline_outputs = False
+
+
+def _set_environment() -> None:
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # torch.compile would want a compiler and minutes for tiny models
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it where it is parallel
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if nodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve would stop gloo
+    # The stock data loader asks for pinned memory, which torch then explains it will not use.
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def _to_cpu(device: Any) -> Any:
+    """The CPU where `device` names a CUDA device (`"cuda:1"`, an index, a torch.device); anything else unchanged."""
+    if isinstance(device, bool):
+        return device
+    if isinstance(device, int):
+        return CPU
+    if isinstance(device, str):
+        return CPU if device.startswith("cuda") else device
+    if isinstance(device, torch.device):
+        return CPU if device.type == "cuda" else device
+    return device
+
+
+def _with_cpu_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its `device` keyword redirected."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _to_cpu(kwargs["device"])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _redirect_factories() -> None:
+    for name in FACTORIES:
+        setattr(torch, name, _with_cpu_device(getattr(torch, name)))
+    for name in NEW_METHODS:
+        setattr(torch.Tensor, name, _with_cpu_device(getattr(torch.Tensor, name)))
+    load = torch.load
+
+    @functools.wraps(load)
+    def load_to_cpu(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("map_location"), str | torch.device):
+            kwargs["map_location"] = _to_cpu(kwargs["map_location"])
+        return load(*args, **kwargs)
+
+    torch.load = load_to_cpu
+
+
+def _redirect_moves() -> None:
+    tensor_to, module_to, tensor_type = torch.Tensor.to, torch.nn.Module.to, torch.Tensor.type
+
+    def moved(to: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(to)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("device") is not None:
+                kwargs["device"] = _to_cpu(kwargs["device"])
+            return to(self, *map(_to_cpu, args[:1]), *args[1:], **kwargs)
+
+        return call
+
+    def type_of(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # Megatron's optimizer sorts parameters by the name of their type and accepts torch.cuda.* only.
+        if dtype is None:
+            return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.")
+        return tensor_type(self, dtype, *args, **kwargs)
+
+    def itself(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    torch.Tensor.to = moved(tensor_to)  # type: ignore[method-assign]
+    torch.nn.Module.to = moved(module_to)  # type: ignore[method-assign]
+    torch.Tensor.type = type_of  # type: ignore[method-assign,assignment]
+    for name in ("cuda", "pin_memory"):
+        setattr(torch.Tensor, name, itself)
+    torch.nn.Module.cuda = itself  # type: ignore[method-assign]
+
+
+class _Stream:
+    """A CUDA stream or event on a device that runs everything in order: nothing to wait for."""
+
+    device = CPU
+    stream_id = device_index = cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def elapsed_time(self, end: "_Stream") -> float:
+        """Milliseconds between two events; they are not timed here."""
+        return 0.0
+
+    def query(self) -> bool:
+        """Whether all work is done: always."""
+        return True
+
+    def record_event(self, event: "_Stream | None" = None) -> "_Stream":
+        """An event that has already happened."""
+        return event or _Stream()
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """Least and greatest priority."""
+        return 0, 0
+
+    def wait(self, *args: Any) -> None:
+        """Nothing to wait for."""
+
+    record = synchronize = wait_event = wait_stream = wait
+
+
+@contextlib.contextmanager
+def _no_context(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _replace_bookkeeping() -> None:
+    properties = types.SimpleNamespace(
+        name="CPU", major=8, minor=0, multi_processor_count=os.cpu_count(), total_memory=_memory_bytes(), uuid="cpu"
+    )
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "is_initialized": True,
+        "is_bf16_supported": True,
+        "is_current_stream_capturing": False,
+        "device_count": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "current_device": 0,
+        "get_device_name": "CPU",
+        "get_device_capability": (8, 0),
+        "get_device_properties": properties,
+        "mem_get_info": (properties.total_memory, properties.total_memory),
+        "memory_stats": {},
+        "current_stream": _Stream(),
+        "default_stream": _Stream(),
+    }
+    zero = "memory_allocated memory_reserved max_memory_allocated max_memory_reserved device_memory_used utilization"
+    nothing = (
+        "_lazy_init init synchronize set_device set_stream empty_cache reset_peak_memory_stats ipc_collect "
+        "reset_max_memory_allocated check_error"
+    )
+    answers |= dict.fromkeys(zero.split(), 0) | dict.fromkeys(nothing.split())
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, functools.partial(lambda answer, *args, **kwargs: answer, answer))
+    torch.cuda.Stream = torch.cuda.Event = torch.cuda.ExternalStream = _Stream  # type: ignore[misc,assignment]
+    torch.cuda.stream = torch.cuda.device = _no_context  # type: ignore[misc,assignment]
+    torch.cuda._lazy_call = lambda call, **kwargs: call()
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, lambda *args, **kwargs: 0)
+    # torch's own libraries ask for the accelerator by another way and must keep hearing that there is none.
+    torch.accelerator.is_available = lambda: False
+    torch.accelerator.current_accelerator = lambda *args, **kwargs: None
+    torch.accelerator.device_count = lambda: 0
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _replace_random_state() -> None:
+    """The CUDA generator becomes the CPU's: one stream of numbers, saved and restored under both names."""
+    cpu_state = {
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda new_state, *args, **kwargs: torch.set_rng_state(new_state),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        "manual_seed_all": lambda seed: None,  # torch.manual_seed calls it after seeding the CPU
+        "initial_seed": lambda: torch.initial_seed(),
+    }
+    for name, function in cpu_state.items():
+        setattr(torch.cuda, name, function)
+        setattr(torch.cuda.random, name, function)
+    torch.cuda.default_generators = (torch.default_generator,)

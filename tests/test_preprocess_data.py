@@ -1,0 +1,158 @@
+"""Text to tokens: nothing is lost, the workers do not matter, and a bad line is named and leaves nothing behind."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = ["def f(x):\n    return  x\n", "héllo ☃\ttab", "    ", "a" * 500, "one\n\n\n  two  ", "plain words " * 200] * 20
+
+
+def load_tool() -> ModuleType:
+    """tools/ is no package: its programs are loaded by path."""
+    spec = importlib.util.spec_from_file_location("preprocess_data", ROOT / "tools" / "preprocess_data.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # worker processes find its classes by this name
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model that keeps spaces and spells unknown characters in bytes."""
+    import sentencepiece
+
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in TEXTS for line in text.splitlines() if line.strip()),
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return path
+
+
+def write_lines(path: Path, lines: list[str]) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def command(inputs: list[Path], prefix: Path, model: Path, *more: str) -> list[str]:
+    tokenizer = ["--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", str(model)]
+    return ["--input", *map(str, inputs), "--output-prefix", str(prefix), *tokenizer, *more]
+
+
+def documents(prefix: Path, key: str = "text") -> list[np.ndarray]:
+    """The documents of the written files, read by Megatron's own reader."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    data = IndexedDataset(f"{prefix}_{key}_document")
+    assert list(data.document_indices) == list(range(len(data) + 1))
+    return [np.array(data[index]) for index in range(len(data))]  # copies: the reader unmaps its file when it goes
+
+
+def test_tokens_spell_the_text_and_end_with_eod(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(str(model))
+    first = write_lines(tmp_path / "a.jsonl", [json.dumps({"text": text, "id": 1}) for text in TEXTS[:50]])
+    second = write_lines(
+        tmp_path / "b.jsonl", [json.dumps({"text": text}) for text in TEXTS[50:]] + ["", '{"text": ""}']
+    )
+    tool.main(command([first, second], tmp_path / "out" / "all", model, "--append-eod"))
+    found = documents(tmp_path / "out" / "all")
+    assert [pieces.decode(document[:-1].tolist()) for document in found] == TEXTS
+    assert {int(document[-1]) for document in found} == {pieces.eos_id()}
+    assert f"{len(TEXTS):,} documents, {sum(map(len, found)):,} tokens" in capsys.readouterr().out
+
+
+def test_same_bytes_for_any_number_of_workers(tmp_path: Path, model: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", [json.dumps({"text": text, "note": text[::-1]}) for text in TEXTS])
+    for workers in ("1", "2", "3"):
+        keys = ["--json-keys", "text", "note", "--workers", workers]
+        tool.main(command([lines], tmp_path / workers / "p", model, *keys))
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert names == [f"p_{key}_document.{suffix}" for key in ("note", "text") for suffix in ("bin", "idx")]
+    for name in names:
+        assert len({(tmp_path / workers / name).read_bytes() for workers in "123"}) == 1, name
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"text": "open', "not valid JSON: Unterminated string"),
+        ('{"txt": "a"}', 'there is no "text", only txt'),
+        ('{"text": 3}', '"text" holds int, not a string'),
+        ('["a"]', "a JSON object is needed, not list"),
+    ],
+)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_bad_line_is_named_and_nothing_is_left(
+    line: str, complaint: str, workers: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [json.dumps({"text": text}) for text in TEXTS]
+    lines = write_lines(tmp_path / "bad.jsonl", [*good, line, *good])
+    words = command([lines], tmp_path / "out" / "p", model, "--workers", workers)
+    with pytest.raises(ValueError) as refusal:
+        tool.main(words)
+    assert str(refusal.value).startswith(f"{lines} line {len(good) + 1}: {complaint}")
+    assert list((tmp_path / "out").iterdir()) == []
+
+    tool.main([*words, "--skip-bad-lines"])
+    assert len(documents(tmp_path / "out" / "p")) == 2 * len(good)
+    said = capsys.readouterr()
+    assert "1 bad lines skipped" in said.out
+    assert f"line {len(good) + 1}" in said.err
+
+
+def test_failed_run_keeps_the_files_of_an_earlier_one(tmp_path: Path, model: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", ['{"text": "kept"}'])
+    tool.main(command([lines], tmp_path / "p", model))
+    before = {path: path.read_bytes() for path in tmp_path.glob("p_*")}
+    write_lines(lines, ['{"text": "new"}', "{"])
+    with pytest.raises(ValueError, match="line 2"):
+        tool.main(command([lines], tmp_path / "p", model))
+    assert len(before) == 2
+    assert {path: path.read_bytes() for path in tmp_path.glob("*p_*")} == before
+
+
+def test_empty_or_missing_input_and_unknown_tokenizer_are_refused(tmp_path: Path, model: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    blank = write_lines(tmp_path / "blank.jsonl", ["", '{"text": ""}'])
+    with pytest.raises(ValueError, match=r"empty\.jsonl is empty"):
+        tool.main(command([empty], tmp_path / "p", model))
+    with pytest.raises(ValueError, match="holds no document that has tokens"):
+        tool.main(command([blank], tmp_path / "p", model))
+    with pytest.raises(ValueError, match=r"none\.jsonl is not a file"):
+        tool.main(command([tmp_path / "none.jsonl"], tmp_path / "p", model))
+    with pytest.raises(ValueError, match=r"cannot build the tokenizer of .*nowhere\.model"):
+        tool.main(command([blank], tmp_path / "p", tmp_path / "nowhere.model"))
+    assert not list(tmp_path.glob("*p_text*"))
+
+
+def test_command_says_one_sentence_and_exits_with_1(tmp_path: Path, model: Path) -> None:
+    lines = write_lines(tmp_path / "bad.jsonl", ["nonsense"])
+    program = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]
+    done = subprocess.run([*program, *command([lines], tmp_path / "p", model)], text=True, capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {lines} line 1: not valid JSON")
+    assert "Traceback" not in done.stderr

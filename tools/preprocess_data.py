@@ -1,0 +1,317 @@
+"""Turns JSON lines into the token files that Megatron trains on.
+
+    python tools/preprocess_data.py --input train.jsonl --output-prefix DATA/train --append-eod \\
+        --tokenizer-type Llama2Tokenizer --tokenizer-model MODEL/tokenizer.model --workers 8
+
+    python tools/preprocess_data.py --input a.jsonl b.jsonl --output-prefix DATA/all --append-eod \\
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model MODEL
+
+    python pretrain_gpt.py --train-data-path DATA/train_text_document ...
+
+Each line is an object with a string under "text" (--json-keys names others, each gets files of its own). Written are
+PREFIX_text_document.bin, the token ids one document after another, and .idx, the lengths (the format of
+megatron.core.datasets.indexed_dataset). Tokens and their order do not depend on --workers. A line that cannot be read
+ends the run with its file and number, and nothing is left behind; --skip-bad-lines counts and reports such lines
+instead. Existing output of the same name is replaced, by a rename at the end.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TOKENIZER_TYPES = (
+    "Llama2Tokenizer SentencePieceTokenizer GPTSentencePieceTokenizer HuggingFaceTokenizer GPT2BPETokenizer "
+    "TikTokenizer NullTokenizer"
+).split()
+CHUNK = 16  # lines that a worker takes at a time
+LOG_SECONDS = 10.0  # between progress lines where the output is not a terminal
+
+
+class Line(NamedTuple):
+    """One line of an input file; `number` counts from 1."""
+
+    path: str
+    number: int
+    raw: bytes
+
+
+class Encoded(NamedTuple):
+    """A line's tokens, one array per JSON key, or why there are none."""
+
+    line_bytes: int
+    tokens: list[np.ndarray] | None
+    complaint: str | None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the token files that the command line asks for.
+
+    Args:
+        arguments: the command line without the program's name; None means sys.argv.
+
+    Raises:
+        ValueError: an input is missing, empty or has a bad line, or the tokenizer cannot be built; one sentence.
+    """
+    args = parse_arguments(arguments)
+    inputs = [Path(path) for path in args.input]
+    for path in inputs:
+        if not path.is_file():
+            raise ValueError(f"--input {path} is not a file")
+    total_bytes = sum(path.stat().st_size for path in inputs)
+    if not total_bytes:
+        raise ValueError(f"--input {' '.join(args.input)} is empty")
+
+    tokenizer = build_tokenizer(args)
+    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.int32  # as Megatron chooses it
+    prefix = Path(args.output_prefix)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    outputs = [f"{prefix}_{key}_document" for key in args.json_keys]
+
+    try:
+        documents, tokens, complaints = write(args, inputs, outputs, dtype, tokenizer, total_bytes)
+        if not documents:
+            raise ValueError(f"--input {' '.join(args.input)} holds no document that has tokens")
+        for output in outputs:
+            for suffix in (".bin", ".idx"):
+                _aside(output, suffix).rename(output + suffix)
+    finally:
+        for output in outputs:
+            for suffix in (".bin", ".idx"):
+                _aside(output, suffix).unlink(missing_ok=True)
+    skipped = f", {complaints:,} bad lines skipped" if complaints else ""
+    print(f"{documents:,} documents, {tokens:,} tokens{skipped}: {', '.join(outputs)}.bin and .idx")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="JSON lines, in the order to be written"
+    )
+    data.add_argument(
+        "--output-prefix", required=True, metavar="PREFIX", help="path and beginning of the output's name"
+    )
+    data.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys to tokenize (default: text)"
+    )
+    data.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    data.add_argument("--skip-bad-lines", action="store_true", help="report and skip what cannot be read")
+    data.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
+    tokens = parser.add_argument_group("tokenizer, as Megatron's training names it")
+    tokens.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
+    tokens.add_argument("--tokenizer-model", metavar="PATH", help="a file or a folder, whichever the type wants")
+    tokens.add_argument("--vocab-file", metavar="FILE", help="for GPT2BPETokenizer")
+    tokens.add_argument("--merge-file", metavar="FILE", help="for GPT2BPETokenizer")
+    tokens.add_argument("--vocab-size", type=int, metavar="N", help="for NullTokenizer and TikTokenizer")
+    tokens.add_argument("--tiktoken-pattern", choices=["v1", "v2"], help="for TikTokenizer")
+    args = parser.parse_args(arguments)
+    if args.workers < 1:
+        parser.error("--workers must be at least 1")
+    return args
+
+
+def build_tokenizer(args: argparse.Namespace) -> Any:
+    """Megatron's tokenizer for these flags, with the defaults of Megatron's training for all others.
+
+    Raises:
+        ValueError: Megatron cannot build it.
+    """
+    from megatron.core.tokenizers.utils import build_tokenizer as megatron
+
+    stock = argparse.Namespace(
+        rank=0,
+        pad_vocab_size=False,
+        metadata_path=None,
+        special_tokens=None,
+        chat_template=None,
+        trust_remote_code=False,
+        tokenizer_hf_no_use_fast=False,
+        tokenizer_hf_no_include_special_tokens=False,
+        tokenizer_sentencepiece_legacy=False,
+        tokenizer_sentencepiece_ignore_extra_whitespaces=True,
+        tiktoken_num_special_tokens=1000,
+        **{
+            name: getattr(args, name)
+            for name in vars(args)
+            if name.startswith(("tokenizer_", "vocab_", "merge_", "tik"))
+        },
+    )
+    try:
+        return megatron.build_tokenizer(stock)
+    except Exception as error:
+        what = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
+        raise ValueError(f"cannot build the tokenizer of {what}: {error}") from error
+
+
+def write(
+    args: argparse.Namespace,
+    inputs: list[Path],
+    outputs: list[str],
+    dtype: type[np.number],
+    tokenizer: Any,
+    total_bytes: int,
+) -> tuple[int, int, int]:
+    """Tokenizes the inputs into files beside `outputs`.
+
+    Args:
+        args: the command line.
+        inputs: files to read, in this order.
+        outputs: path of each key's files without suffix.
+        dtype: of the token ids on disk.
+        tokenizer: as `build_tokenizer` makes it.
+        total_bytes: size of the inputs, for the progress.
+
+    Returns:
+        documents, tokens, bad lines.
+
+    Raises:
+        ValueError: a bad line, unless they are to be skipped.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builders = [IndexedDatasetBuilder(str(_aside(output, ".bin")), dtype=dtype) for output in outputs]
+    documents = tokens = complaints = 0
+    progress = Progress(total_bytes)
+    for encoded in _encode_all(args, inputs, tokenizer):
+        progress.update(encoded.line_bytes)
+        if encoded.complaint:
+            if not args.skip_bad_lines:
+                raise ValueError(f"{encoded.complaint} (--skip-bad-lines leaves such lines out)")
+            complaints += 1
+            print(f"skipped: {encoded.complaint}", file=sys.stderr)
+        if encoded.tokens and all(len(ids) for ids in encoded.tokens):
+            for builder, ids in zip(builders, encoded.tokens, strict=True):
+                builder.add_document(ids, [len(ids)])
+                tokens += len(ids)
+            documents += 1
+    progress.close()
+    for builder, output in zip(builders, outputs, strict=True):
+        builder.finalize(str(_aside(output, ".idx")))
+    return documents, tokens, complaints
+
+
+def _aside(output: str, suffix: str) -> Path:
+    """Where a file grows until it is whole."""
+    path = Path(output + suffix)
+    return path.with_name(f".{path.name}.partial")
+
+
+def _encode_all(args: argparse.Namespace, inputs: list[Path], tokenizer: Any) -> Iterator[Encoded]:
+    """The inputs' lines, encoded, in their order."""
+    _start_worker(args, tokenizer)
+    if args.workers == 1:
+        yield from map(_encode, _lines(inputs))
+        return
+    # Forked workers inherit the tokenizer; where there is no fork each builds its own.
+    fork = "fork" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if fork else "spawn")
+    with context.Pool(args.workers, None if fork else _start_worker, () if fork else (args,)) as pool:
+        yield from pool.imap(_encode, _lines(inputs), chunksize=CHUNK)
+
+
+def _lines(inputs: list[Path]) -> Iterator[Line]:
+    for path in inputs:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                yield Line(str(path), number, raw)
+
+
+class _Worker(NamedTuple):
+    tokenizer: Any
+    keys: list[str]
+    append_eod: bool
+
+
+_worker: _Worker  # of this process
+
+
+def _start_worker(args: argparse.Namespace, tokenizer: Any = None) -> None:
+    global _worker
+    _worker = _Worker(tokenizer or build_tokenizer(args), args.json_keys, args.append_eod)
+
+
+def _encode(line: Line) -> Encoded:
+    """Tokens of one line; blank lines give none and no complaint."""
+    if not line.raw.strip():
+        return Encoded(len(line.raw), None, None)
+    try:
+        texts = _texts(line.raw)
+    except ValueError as problem:
+        return Encoded(len(line.raw), None, f"{line.path} line {line.number}: {problem}")
+    tokens = []
+    for text in texts:
+        ids = list(_worker.tokenizer.tokenize(text)) if text else []
+        if ids and _worker.append_eod:
+            ids.append(_worker.tokenizer.eod)
+        tokens.append(np.asarray(ids, dtype=np.int64))
+    return Encoded(len(line.raw), tokens, None)
+
+
+def _texts(raw: bytes) -> list[str]:
+    """The strings under the wanted keys.
+
+    Raises:
+        ValueError: the line is no JSON object, or a key is missing or holds something else.
+    """
+    try:
+        record = json.loads(raw.rstrip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start + 1}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON object is needed, not {type(record).__name__}")
+    for key in _worker.keys:
+        if key not in record:
+            raise ValueError(f'there is no "{key}", only {", ".join(sorted(record)[:5]) or "an empty object"}')
+        if not isinstance(record[key], str):
+            raise ValueError(f'"{key}" holds {type(record[key]).__name__}, not a string')
+    return [record[key] for key in _worker.keys]
+
+
+class Progress:
+    """One bar with rate and time left on a terminal, a line now and then in a log."""
+
+    def __init__(self, total_bytes: int) -> None:
+        from tqdm import tqdm
+
+        self.total, self.done, self.start = total_bytes, 0, time.monotonic()
+        self.reported = self.start
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenizing") if terminal else None
+
+    def update(self, amount: int) -> None:
+        """Counts `amount` more bytes of input."""
+        self.done += amount
+        if self.bar is not None:
+            self.bar.update(amount)
+        elif time.monotonic() - self.reported >= LOG_SECONDS:
+            self.reported = time.monotonic()
+            rate = self.done / (self.reported - self.start)
+            print(
+                f"tokenizing: {self.done / self.total:.0%}, {rate / 1e6:.1f} MB/s, "
+                f"{(self.total - self.done) / rate:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        sys.exit(1)
