@@ -32,11 +32,14 @@ from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.choose import random_criterion
 from megatron.pruning.config import hf_export_problem
 from megatron.pruning.formats import FORMATS, open_checkpoint, save_checkpoint
+from megatron.pruning.layout import Layout
 from megatron.pruning.output import check_target, write_durably
 from megatron.pruning.plan import PRUNE_TYPES, Plan, Target, describe, make_plan, resolve_target
 from megatron.pruning.processes import World
 from megatron.pruning.pruned import Pruned
 from megatron.pruning.views import BYTES
+
+SEED = 1234
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -64,10 +67,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     how.add_argument(
         "--prune-type",
         choices=PRUNE_TYPES,
-        default="balance",
-        help="balance: the same number in every tensor-parallel block; unbalance: anywhere, shards may come out uneven",
+        help="balance (default): the same number in every tensor-parallel block; unbalance: anywhere, shards may come "
+        "out uneven",
     )
-    how.add_argument("--seed", type=int, default=1234, help="of the random choice (default 1234)")
+    how.add_argument("--seed", type=seed, help=f"of the random choice (default {SEED})")
     how.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of making one")
     how.add_argument(
         "--plan-only", action="store_true", help="print the plan, write it to SAVE.prune_plan.json, and stop"
@@ -75,6 +78,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_layout_flags(parser)
     add_megatron_flags(parser)
     return parser.parse_args(hyphenated(argv))
+
+
+def seed(text: str) -> int:
+    """Read a seed."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
 
 
 def layer_list(text: str) -> tuple[int, ...]:
@@ -85,7 +95,7 @@ def layer_list(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer numbers such as 7,13,18") from None
 
 
-def decide(args: argparse.Namespace, parent: Checkpoint) -> Plan:
+def decide(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> Plan:
     """Make the plan, or read and check the one that was given. Raises ValueError for every pruning that cannot be."""
     target = Target(
         hidden=args.hidden_size_remain,
@@ -98,13 +108,16 @@ def decide(args: argparse.Namespace, parent: Checkpoint) -> Plan:
         return make_plan(
             parent,
             target,
-            random_criterion(args.seed, parent.config.sizes),
-            layout=layout_from_flags(args, parent.layout),
-            prune_type=args.prune_type,
-            seed=args.seed,
+            random_criterion(SEED if args.seed is None else args.seed, parent.config.sizes),
+            layout=layout,
+            prune_type=args.prune_type or "balance",
+            seed=SEED if args.seed is None else args.seed,
         )
-    plan = Plan.from_json(args.plan.read_text(encoding="utf-8"), str(args.plan))
+    plan = Plan.from_json(args.plan.read_text(encoding="utf-8", errors="replace"), str(args.plan))
     plan.check_parent(parent)
+    for name in ("seed", "prune_type"):
+        if (value := getattr(args, name)) not in (None, getattr(plan, name)):
+            raise ValueError(f"--plan {args.plan} has {name} {getattr(plan, name)}, but the flags say {value}")
     if target != Target() and (wanted := resolve_target(target, parent.config)) != plan.sizes:
         differing = [axis for axis in wanted if wanted[axis] != plan.sizes[axis]]
         axis = differing[0]
@@ -118,20 +131,22 @@ def main(argv: Sequence[str]) -> None:
     if not args.plan_only:
         check_target(args.save, args.overwrite)
     parent = open_checkpoint(args.load)
-    check_model_flags(args, parent.config, args.load)
-    plan = decide(args, parent)
-    pruned = Pruned(parent, plan)
     layout = layout_from_flags(args, parent.layout)
+    check_model_flags(args, parent.config, layout, args.load)
+    plan = decide(args, parent, layout)
+    pruned = Pruned(parent, plan)
 
     world = World.from_environment()
     if world.rank == 0:
         print(f"parent: {parent}")
-        print(describe(plan, parent.config, pruned.config, parent.nbytes, pruned.nbytes), flush=True)
+        size = pruned.config.parameters * BYTES[args.dtype] if args.dtype else pruned.nbytes
+        print(describe(plan, parent.config, pruned.config, parent.nbytes, size), flush=True)
         if problem := hf_export_problem(pruned.config):
             print(f"warning: {problem}", file=sys.stderr)
     plan_text = plan.to_json().encode()
     if args.plan_only:
-        file = args.save.with_name(f"{args.save.name}.{PLAN_FILE}")
+        save = args.save.absolute()
+        file = save.with_name(f"{save.name}.{PLAN_FILE}")
         if world.rank == 0:
             write_durably(file, plan_text)
             print(f"plan: {file} (apply it with --plan {file})")

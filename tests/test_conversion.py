@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SHAPES, hf_logits, make_llama, tensors
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
 from megatron.pruning.config import config_from_hf, config_to_hf
@@ -33,7 +34,8 @@ def convert(source: Path, target: Path, format: str = "torch", tensor: int = 1, 
 def same_tree(a: Path, b: Path) -> bool:
     """Whether two directories hold the same files with the same bytes."""
     names = [sorted(str(p.relative_to(top)) for p in top.rglob("*") if p.is_file()) for top in (a, b)]
-    return names[0] == names[1] and not filecmp.cmpfiles(a, b, names[0], shallow=False)[1]
+    equal, *_ = filecmp.cmpfiles(a, b, names[0], shallow=False)
+    return names[0] == names[1] == sorted(equal)
 
 
 @pytest.mark.parametrize("tensor,pipeline", LAYOUTS)
@@ -155,6 +157,27 @@ def test_dtype_is_cast_as_torch_casts(gqa: Path, tmp_path: Path, dtype: str, kin
     wanted, found = tensors(gqa), tensors(convert(gqa, tmp_path / "out", format="hf", dtype=dtype))
     assert all(torch.equal(wanted[key].to(kind), found[key]) for key in wanted)
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == kind
+
+
+def test_mixed_dtypes_keep_every_value(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", "gqa", dtype=torch.bfloat16)
+    state = load_file(source / "model.safetensors")
+    state["model.layers.1.self_attn.k_proj.weight"] = torch.randn(24, 40)
+    state["model.layers.2.mlp.up_proj.weight"] = torch.randn(72, 40).half()
+    state["model.norm.weight"] = torch.randn(40)
+    save_file(state, source / "model.safetensors")
+    found = tensors(convert(convert(source, tmp_path / "m", tensor=2), tmp_path / "out", format="hf"))
+    assert all(torch.equal(value.float(), found[key].float()) for key, value in state.items())
+
+
+def test_fp16_that_would_overflow_is_refused(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", "gqa")
+    state = load_file(source / "model.safetensors")
+    state["model.norm.weight"][3] = 1e5
+    save_file(state, source / "model.safetensors")
+    with pytest.raises(ValueError, match="a weight of magnitude 1e\\+05 does not fit fp16"):
+        convert(source, tmp_path / "out", format="hf", dtype="fp16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_config_reads_both_spellings_of_transformers() -> None:

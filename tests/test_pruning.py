@@ -218,7 +218,7 @@ def test_unbalanced_shards_are_written_as_they_fall_and_merge(tmp_path: Path) ->
     assert sum(widths) == 39 and widths[0] != widths[1]
     merged = tensors(convert(convert(uneven, tmp_path / "tp1"), tmp_path / "out", format="hf"))
     assert all(torch.equal(wanted[key], merged[key]) for key in wanted)
-    with pytest.raises(ValueError, match=re.escape("does not divide the ffn hidden size 39")):
+    with pytest.raises(ValueError, match=re.escape("does not divide the model's ffn hidden size 39")):
         convert(uneven, tmp_path / "tp2", tensor=2)
 
 

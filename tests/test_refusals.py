@@ -1,6 +1,7 @@
 """What cannot be done is refused in one sentence, with the flag or file and both values, and nothing is written."""
 
 import argparse
+import fcntl
 import json
 import os
 import pickle
@@ -41,9 +42,9 @@ from megatron.pruning.views import File, Stored
         ("--ffn-hidden-size-remain 40 --tensor-model-parallel-size 3", r"size 3 does not divide the parent's query gr"),
         (
             "--num-query-groups-remain 2 --num-attention-heads-remain 4 --tensor-model-parallel-size 4",
-            r"--tensor-model-parallel-size 4 does not divide --num-query-groups-remain: query groups 2",
+            r"--tensor-model-parallel-size 4 does not divide the pruned model's query groups 2",
         ),
-        ("--drop-layers 1 --pipeline-model-parallel-size 2", r"size 2 does not divide the 3 layers that --drop-layers"),
+        ("--drop-layers 1 --pipeline-model-parallel-size 2", r"size 2 does not divide the pruned model's 3 layers"),
         ("--drop-layers 1 --tensor-model-parallel-size 0", r"--tensor-model-parallel-size 0: it must be at least 1"),
         ("--drop-layers 1 --make-vocab-size-divisible-by 0", r"--make-vocab-size-divisible-by 0: it must be at least"),
         ("--drop-layers 1 --num-layers 5", r"--num-layers 5 disagrees with .*, whose model has 4"),
@@ -54,6 +55,12 @@ from megatron.pruning.views import File, Stored
         ("--drop-layers 1 --norm-epsilon 1e-5", r"--norm-epsilon 1e-5 disagrees with .* has 0.0001"),
         ("--drop-layers 1 --normalization LayerNorm", r"--normalization LayerNorm disagrees"),
         ("--drop-layers 1 --add-qkv-bias", r"--add-qkv-bias disagrees"),
+        ("--drop-layers 1 --use-rope-scaling", r"--use-rope-scaling disagrees"),
+        ("--drop-layers 1 --rotary-percent 0.5", r"--rotary-percent 0.5 disagrees with .* has 1.0"),
+        ("--drop-layers 1 --num-experts 8", r"--num-experts 8 disagrees with .* has None"),
+        ("--drop-layers 1 --group-query-attention", r"--num-query-groups 1 disagrees with .* has 4"),
+        ("--drop-layers 1 --padded-vocab-size 999", r"--padded-vocab-size 999 disagrees with .* has 128"),
+        ("--hidden-size-remain 36 --format hf", r"hidden size 36 is not a multiple of 8 attention heads"),
         ("--drop-layers 1 --hidden-size many", r"--hidden-size many: not a number"),
         ("--drop-layers 1 --num-layers-per-virtual-pipeline-stage 2", r"virtual pipeline are not written"),
     ],
@@ -152,6 +159,12 @@ def truncate(path: Path, to: float) -> None:
         (set_config(attention_bias=True), r"attention_bias is True"),
         (set_config(hidden_size=None), r"hidden_size is missing"),
         (set_config(num_hidden_layers="4"), r"num_layers is '4'"),
+        (set_config(tie_word_embeddings="false"), r"tie_word_embeddings is 'false'"),
+        (set_config(rms_norm_eps="small"), r"could not convert string to float: 'small'"),
+        (set_config(rope_parameters=[1]), r"rope parameters are \[1\], not an object"),
+        (set_config(rope_parameters={"rope_theta": 10000.5}), r"rope_theta 10000.5: .* whole numbers only"),
+        (set_config(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), r"is not one that Megatron"),
+        (damaged(lambda state: state.update({"model.norm.weight": torch.ones(())})), r"have one or two dims"),
         (set_config(num_key_value_heads=3), r"num_attention_heads 8 is not a multiple of num_query_groups 3"),
         (set_config(num_hidden_layers=5), r"lacks tensors: model.layers.4"),
         (lambda path: shutil.rmtree(path), r"no such directory"),
@@ -228,6 +241,15 @@ FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
             r"lacks tensors: decoder.lay",
         ),
         (rewritten("mp_rank_00_000", lambda c: setattr(c["args"], "swiglu", False)), r"argument swiglu is False"),
+        (rewritten("mp_rank_00_000", lambda c: setattr(c["args"], "window_size", (4, 0))), r"window_size is \(4, 0\)"),
+        (rewritten("mp_rank_00_000", lambda c: setattr(c["args"], "rotary_base", "x")), r"arguments are not a Llama's"),
+        (rewritten("mp_rank_00_000", lambda c: c.update(model=torch.ones(1))), r"has no 'model'"),
+        (
+            lambda path: [shutil.rmtree(path / f"release/mp_rank_01_00{p}") for p in (0, 1)],
+            r"rank files for tensor_model_parallel_size 1, but its arguments say 2",
+        ),
+        (lambda path: (path / "release/mp_rank_00").mkdir(), r"two directories for one rank"),
+        (lambda path: (path / "release/.metadata").write_text(""), r"is in the format torch_dist"),
         (lambda path: (path / "latest_checkpointed_iteration.txt").write_text("x"), r"holds 'x', neither a number"),
         (
             lambda path: (path / "latest_checkpointed_iteration.txt").write_text("7"),
@@ -277,13 +299,50 @@ def test_existing_target_is_kept_unless_overwrite(gqa: Path, tmp_path: Path) -> 
     convert(gqa, target, overwrite=True, tensor=4)
     assert len(list((target / "release").iterdir())) == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    file = tmp_path / "file"
-    file.write_text("x")
-    with pytest.raises(ValueError, match="exists"):
-        convert(gqa, file, overwrite=True)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "thesis/chapter").mkdir(parents=True)
+    for name, message in (("file", "not a directory"), ("link", "not a directory"), ("thesis", "holds something else")):
+        with pytest.raises(ValueError, match=message):
+            convert(gqa, tmp_path / name, overwrite=True)
+    assert (tmp_path / "thesis/chapter").is_dir()
     for inside in (gqa, gqa / "x", gqa.parent):
         with pytest.raises(ValueError, match="overlap"):
             convert(gqa, inside, overwrite=True)
+
+
+def test_a_hub_cache_whose_files_are_links_is_not_overwritten(gqa: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots/abc"
+    shutil.copytree(gqa, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    with pytest.raises(ValueError, match="overlap"):
+        convert(snapshot, blobs, format="hf", overwrite=True)
+    convert(snapshot, tmp_path / "out", format="hf")
+
+
+def test_two_runs_do_not_build_the_same_checkpoint(gqa: Path, tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    holder = os.open(partial, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another run is writing it"):
+        convert(gqa, tmp_path / "out")
+    assert partial.is_dir()
+    os.close(holder)  # as when that run is killed
+    convert(gqa, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_killed_between_its_two_renames_loses_nothing(gqa: Path, tmp_path: Path) -> None:
+    old = convert(gqa, tmp_path / "out", tensor=2)
+    old.rename(tmp_path / ".out.replaced")
+    (tmp_path / ".out.partial").mkdir()
+    with pytest.raises(ValueError, match="out exists"):
+        convert(gqa, tmp_path / "out")
+    assert len(list((tmp_path / "out/release").iterdir())) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_failed_write_leaves_nothing_and_the_old_checkpoint(

@@ -7,10 +7,11 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from megatron.pruning.config import LlamaConfig
+from megatron.pruning.config import LLAMA_ARGS, LlamaConfig
 from megatron.pruning.layout import Layout
+from megatron.pruning.processes import World
 
 _FLAGS_FILE = Path(__file__).with_name("megatron_flags.txt")
 
@@ -21,6 +22,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except ValueError as error:
+        if _rank() > 0 and not World.joined:  # every process of a torchrun meets the same mistake: say it once
+            sys.exit(1)
         _end(str(error), 1)
     except OSError as error:
         _end(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1)
@@ -28,9 +31,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         _end("interrupted; nothing was left behind", 130)
 
 
-def _end(message: str, status: int) -> None:
-    if os.environ.get("RANK", "0") == "0":  # every process of a torchrun meets the same mistake: say it once
-        print(f"error: {message}", file=sys.stderr)
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _end(message: str, status: int) -> NoReturn:
+    where = f"[rank {_rank()}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"{where}error: {message}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -80,17 +87,18 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
 
 def layout_from_flags(args: argparse.Namespace, source: Layout | None) -> Layout:
     """Return the target's layout. Raises ValueError for a size below 1."""
-    source = source or Layout()
+    default = Layout() if source is None or args.format == "hf" else source
     return Layout(
-        source.tensor if args.tensor_model_parallel_size is None else args.tensor_model_parallel_size,
-        source.pipeline if args.pipeline_model_parallel_size is None else args.pipeline_model_parallel_size,
-        source.vocab_divisor if args.make_vocab_size_divisible_by is None else args.make_vocab_size_divisible_by,
+        default.tensor if args.tensor_model_parallel_size is None else args.tensor_model_parallel_size,
+        default.pipeline if args.pipeline_model_parallel_size is None else args.pipeline_model_parallel_size,
+        default.vocab_divisor if args.make_vocab_size_divisible_by is None else args.make_vocab_size_divisible_by,
     )
 
 
-def check_model_flags(args: argparse.Namespace, config: LlamaConfig, where: Path) -> None:
+def check_model_flags(args: argparse.Namespace, config: LlamaConfig, layout: Layout, where: Path) -> None:
     """Raise ValueError where a Megatron flag that describes the model disagrees with the checkpoint."""
-    sizes: dict[str, Any] = {
+    wanted: dict[str, Any] = {
+        **LLAMA_ARGS,
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.ffn_hidden_size,
@@ -101,22 +109,26 @@ def check_model_flags(args: argparse.Namespace, config: LlamaConfig, where: Path
         "layernorm_epsilon": config.norm_epsilon,
         "rotary_base": config.rope_theta,
         "vocab_size": config.vocab_size,
+        "padded_vocab_size": layout.padded_vocab(config.vocab_size),
+        "untie_embeddings_and_output_weights": not config.tied,
+        "use_rope_scaling": config.rope_scaling is not None,
+        # Megatron heeds the groups only with --group-query-attention, and then takes 1 for granted.
+        "num_query_groups": config.num_query_groups,
     }
+    given = {name: getattr(args, name, None) for name in wanted}
+    if args.use_rope_scaling and config.rope_scaling is not None:
+        wanted["rope_scaling_factor"] = config.rope_scaling.get("factor")
+        given["rope_scaling_factor"] = args.rope_scaling_factor or "8.0"
     if args.group_query_attention:
-        sizes["num_query_groups"] = config.num_query_groups
-    for name, value in sizes.items():
-        given = getattr(args, name, None)
-        if given is not None and _number(name, given) != value:
-            raise ValueError(f"{_flag(name)} {given} disagrees with {where}, whose model has {value}")
-    words = {"normalization": "RMSNorm", "position_embedding_type": "rope"}
-    for name, word in words.items():
-        given = getattr(args, name, None)
-        if given not in (None, word):
-            raise ValueError(f"{_flag(name)} {given} disagrees with {where}: a Llama has {word}")
-    facts = {"untie_embeddings_and_output_weights": not config.tied, "add_qkv_bias": False, "qk_layernorm": False}
-    for name, is_so in facts.items():
-        if getattr(args, name, False) and not is_so:
-            raise ValueError(f"{_flag(name)} disagrees with {where}, whose model is otherwise")
+        given["num_query_groups"] = args.num_query_groups or "1"
+    else:
+        given["num_query_groups"] = None
+    for name, value in given.items():
+        if value in (None, False) or value == wanted[name]:
+            continue
+        if value is True or isinstance(wanted[name], str | None) or _number(name, value) != wanted[name]:
+            shown = "" if value is True else f" {value}"
+            raise ValueError(f"{_flag(name)}{shown} disagrees with {where}, whose model has {wanted[name]}")
     for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
         if getattr(args, name, None) is not None:
             raise ValueError(f"{_flag(name)}: checkpoints of a virtual pipeline are not written; leave it out")

@@ -34,10 +34,13 @@ class Checkpoint(ABC):
     `weight` gives the logical weight: unfused, unsplit, without vocabulary padding, shaped as the table says.
     """
 
-    path: Path
+    path: Path  # as the user named it
+    root: Path  # where the small files lie
+    files: list[Path]  # of the weights
     format: str
     layout: Layout | None
     config: LlamaConfig
+    vocab_is_known: bool = True  # False: `config.vocab_size` may count rows of padding
 
     @abstractmethod
     def weight(self, weight: Weight, layer: int | None) -> View:
@@ -50,7 +53,8 @@ class Checkpoint(ABC):
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ValueError unless this model can be cut to `layout`."""
-        layout.check(self.config.sizes)
+        layout.check_split(self.config.sizes, "the model's")
+        layout.check_stages(self.config.sizes, "the model's")
 
     def weights(self) -> Iterator[tuple[Weight, int | None, View]]:
         """Yield every logical weight in the order of the forward pass."""

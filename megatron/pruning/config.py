@@ -1,6 +1,7 @@
 """What a Llama checkpoint says of its model, and the two ways to write it down: config.json and Megatron arguments."""
 
 import dataclasses
+import math
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,8 +9,7 @@ from typing import Any
 
 from megatron.pruning.layout import Layout
 from megatron.pruning.table import parameter_count
-
-TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+from megatron.pruning.views import TORCH_NAMES
 
 # The llama3 rotary frequencies as Megatron-core fixes them; only the factor is configurable there.
 MEGATRON_ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -35,9 +35,16 @@ class LlamaConfig:
     other: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if name in _SIZE_FIELDS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        for name in (*AXIS_OF_FIELD, "max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}: it must be a positive whole number")
+        for name in ("norm_epsilon", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}: it must be a positive number")
+        if not isinstance(self.tied, bool):
+            raise ValueError(f"tie_word_embeddings is {self.tied!r}: it must be true or false")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
@@ -74,7 +81,6 @@ AXIS_OF_FIELD = {
     "head_dim": "head_dim",
     "vocab_size": "vocab",
 }
-_SIZE_FIELDS = {*AXIS_OF_FIELD, "max_position_embeddings"}
 
 # config.json's name of each field that both sides write as one plain value.
 _HF_NAMES = {
@@ -96,6 +102,7 @@ _HF_REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "quantization_config": (None,),
+    "partial_rotary_factor": (1.0, None),
 }
 
 
@@ -105,24 +112,32 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> LlamaConfig:
     Raises ValueError for a missing or wrong field and for a model that is not a dense Llama.
     """
     for name, allowed in _HF_REQUIRED.items():
-        value = hf.get(name, allowed[0])
+        value = hf.get(name, None if name == "model_type" else allowed[0])
         if value not in allowed:
             raise ValueError(f"{where}: {name} is {value!r}, but only {allowed[0]!r} is a Llama of this project")
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{where}: the rope parameters are {rope!r}, not an object")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
-    fields: dict[str, Any] = {ours: hf[theirs] for ours, theirs in _HF_NAMES.items() if hf.get(theirs) is not None}
+    if rope.get("partial_rotary_factor") in (1.0, None):
+        rope.pop("partial_rotary_factor", None)
+    # What config.json leaves out has transformers' defaults, not ours.
+    fields: dict[str, Any] = {"norm_epsilon": 1e-6, "max_position_embeddings": 2048}
+    fields |= {ours: hf[theirs] for ours, theirs in _HF_NAMES.items() if hf.get(theirs) is not None}
     for ours in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
         if ours not in fields:
             raise ValueError(f"{where}: {_HF_NAMES[ours]} is missing")
     fields.setdefault("num_query_groups", fields["num_attention_heads"])
     try:
         fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+        fields["norm_epsilon"] = float(fields["norm_epsilon"])
         return LlamaConfig(
             **fields,
             rope_theta=float(theta),
-            rope_scaling=None if kind == "default" else {"rope_type": kind, **rope},
+            rope_scaling={"rope_type": kind, **rope} if rope or kind != "default" else None,
             other={name: value for name, value in hf.items() if name not in _HF_OWNED},
         )
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -141,7 +156,7 @@ def config_to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
         **{theirs: getattr(config, ours) for ours, theirs in _HF_NAMES.items()},
         "rope_theta": config.rope_theta,
         "rope_scaling": dict(sorted(config.rope_scaling.items())) if config.rope_scaling else None,
-        "torch_dtype": TORCH_DTYPES[dtype],
+        "torch_dtype": TORCH_NAMES[dtype],
     }
 
 
@@ -169,6 +184,28 @@ def megatron_rope_factor(config: LlamaConfig) -> float | None:
     return float(factor)
 
 
+# Megatron arguments that would make a model something else than the table's Llama, and what they are for one. Old
+# checkpoints lack some; absent and None say nothing.
+LLAMA_ARGS: Mapping[str, Any] = {
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "swiglu": True,
+    "rotary_percent": 1.0,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "rotary_interleaved": False,
+    "qk_layernorm": False,
+    "apply_layernorm_1p": False,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "multi_latent_attention": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "window_size": None,
+    "num_experts": None,
+    "mtp_num_layers": None,
+}
+
+
 def config_from_args(args: Namespace, where: str) -> LlamaConfig:
     """Read the arguments that a Megatron checkpoint carries. Raises ValueError if they are not a dense Llama's."""
 
@@ -176,49 +213,41 @@ def config_from_args(args: Namespace, where: str) -> LlamaConfig:
         value = getattr(args, name, None)
         return default if value is None else value
 
-    required = {
-        "normalization": (get("normalization", "RMSNorm"), "RMSNorm"),
-        "swiglu": (get("swiglu", True), True),
-        "add_bias_linear": (get("add_bias_linear", False), False),
-        "add_qkv_bias": (get("add_qkv_bias", False), False),
-        "position_embedding_type": (get("position_embedding_type", "rope"), "rope"),
-        "rotary_percent": (float(get("rotary_percent", 1.0)), 1.0),
-        "rotary_interleaved": (get("rotary_interleaved", False), False),
-        "qk_layernorm": (get("qk_layernorm", False), False),
-        "num_experts": (get("num_experts"), None),
-    }
-    for name, (value, wanted) in required.items():
-        if value != wanted:
-            raise ValueError(f"{where}: its argument {name} is {value!r}, but a Llama's is {wanted!r}")
-    heads = get("num_attention_heads")
+    for name, wanted in LLAMA_ARGS.items():
+        if get(name) not in (None, wanted):
+            raise ValueError(f"{where}: its argument {name} is {get(name)!r}, but a Llama's is {wanted!r}")
     missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if get(name) is None]
     if missing:
         raise ValueError(f"{where}: its arguments lack {', '.join(missing)}")
-    # Before Megatron-core 0.16 plain multi-head attention was saved with num_query_groups 1.
-    groups = get("num_query_groups", heads) if get("group_query_attention", False) else heads
-    scaling = None
-    if get("use_rope_scaling", False):
-        scaling = {"rope_type": "llama3", "factor": float(get("rope_scaling_factor", 8.0)), **MEGATRON_ROPE_SCALING}
-    return LlamaConfig(
-        num_layers=get("num_layers"),
-        hidden_size=get("hidden_size"),
-        ffn_hidden_size=get("ffn_hidden_size", 4 * get("hidden_size")),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        head_dim=get("kv_channels", get("hidden_size") // heads),
-        vocab_size=get("vocab_size", get("padded_vocab_size", 1)),
-        tied=not get("untie_embeddings_and_output_weights", False),
-        norm_epsilon=float(get("layernorm_epsilon", get("norm_epsilon", 1e-5))),
-        rope_theta=float(get("rotary_base", 10000)),
-        rope_scaling=scaling,
-        max_position_embeddings=get("max_position_embeddings", get("seq_length", 4096)),
-    )
+    heads, hidden = get("num_attention_heads"), get("hidden_size")
+    try:
+        scaling = None
+        if get("use_rope_scaling", False):
+            scaling = {"rope_type": "llama3", "factor": float(get("rope_scaling_factor", 8.0)), **MEGATRON_ROPE_SCALING}
+        return LlamaConfig(
+            num_layers=get("num_layers"),
+            hidden_size=hidden,
+            ffn_hidden_size=get("ffn_hidden_size", 4 * hidden),
+            num_attention_heads=heads,
+            # Before Megatron-core 0.16 plain multi-head attention was saved with num_query_groups 1.
+            num_query_groups=get("num_query_groups", heads) if get("group_query_attention", False) else heads,
+            head_dim=get("kv_channels", hidden // heads),
+            vocab_size=get("vocab_size", get("padded_vocab_size", 1)),
+            tied=not get("untie_embeddings_and_output_weights", False),
+            norm_epsilon=float(get("layernorm_epsilon", get("norm_epsilon", 1e-5))),
+            rope_theta=float(get("rotary_base", 10000)),
+            rope_scaling=scaling,
+            max_position_embeddings=get("max_position_embeddings", get("seq_length", 4096)),
+        )
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{where}: its arguments are not a Llama's: {error}") from error
 
 
 def _megatron_values(config: LlamaConfig, layout: Layout) -> dict[str, Any]:
     """Return the Megatron arguments that describe the model, by the name they have on the command line."""
     factor = megatron_rope_factor(config)
-    theta = int(config.rope_theta) if config.rope_theta == int(config.rope_theta) else config.rope_theta
+    if config.rope_theta != int(config.rope_theta):
+        raise ValueError(f"rope_theta {config.rope_theta}: Megatron's --rotary-base takes whole numbers only")
     return {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -229,7 +258,7 @@ def _megatron_values(config: LlamaConfig, layout: Layout) -> dict[str, Any]:
         "kv_channels": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "position_embedding_type": "rope",
-        "rotary_base": theta,
+        "rotary_base": int(config.rope_theta),
         "rotary_percent": 1.0,
         "use_rope_scaling": factor is not None,
         "rope_scaling_factor": 8.0 if factor is None else factor,

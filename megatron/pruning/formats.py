@@ -23,9 +23,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"--load {path} is a file: name the checkpoint's directory")
     if (path / "config.json").is_file():
         return HfCheckpoint(path)
-    from megatron.pruning.torch_format import TorchCheckpoint, find_iteration  # imports torch: a second
+    from megatron.pruning.megatron_format import find_iteration
 
-    if find_iteration(path) is not None:
+    if (directory := find_iteration(path)) is not None:
+        if (directory / ".metadata").is_file():
+            raise ValueError(f"--load {path} is in the format torch_dist: save it with --ckpt-format torch first")
+        from megatron.pruning.torch_format import TorchCheckpoint  # imports torch: a second
+
         return TorchCheckpoint(path)
     raise ValueError(
         f"--load {path} is not a checkpoint: it has neither a config.json (Hugging Face) nor a "
@@ -50,7 +54,10 @@ def save_checkpoint(
     Raises ValueError, before anything is written, for a layout that does not fit or a `path` not to be replaced.
     """
     source = checkpoint.path.resolve()
-    if path.resolve() == source or source in path.resolve().parents or path.resolve() in source.parents:
+    target = path.resolve()
+    # The files may lie elsewhere than the directory that names them: a hub's cache links to them.
+    near = {source, *source.parents, *(parent for file in checkpoint.files for parent in file.resolve().parents)}
+    if target in near or source in target.parents:
         raise ValueError(f"--save {path} and --load {checkpoint.path} overlap: name a directory of its own")
     if format == "hf":
         files, own_texts = hf_output(checkpoint, dtype)
@@ -62,7 +69,7 @@ def save_checkpoint(
         files, own_texts = torch_output(checkpoint, layout, dtype)
     else:
         raise ValueError(f"--format {format}: choose one of {', '.join(FORMATS)}")
-    plan = checkpoint.path / PLAN_FILE
+    plan = checkpoint.root / PLAN_FILE
     kept_plan = {PLAN_FILE: plan.read_bytes()} if plan.is_file() else {}
     all_texts = {**own_texts, **kept_plan, **(texts or {})}
     write_files(files, all_texts, path, f"writing {path}", overwrite, world or World())

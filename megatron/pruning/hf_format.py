@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.pruning.checkpoint import Checkpoint, carried_files_of, check_keys, check_tensor
-from megatron.pruning.config import LlamaConfig, config_from_hf, config_to_hf
+from megatron.pruning.config import LlamaConfig, config_from_hf, config_to_hf, hf_export_problem
 from megatron.pruning.output import OutputFile
 from megatron.pruning.safetensors_file import SafetensorsFile, read_safetensors
 from megatron.pruning.table import Weight, all_weights, weight_shape
@@ -24,10 +24,11 @@ class HfCheckpoint(Checkpoint):
     format, layout = "hf", None
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = self.root = path
+        self.files = _weight_files(path)
         self.config = read_hf_config(path / "config.json")
         self._stored: dict[str, Stored] = {}
-        for file in _weight_files(path):
+        for file in self.files:
             reader = read_safetensors if file.suffix == ".safetensors" else _read_bin
             for key, tensor in reader(file).items():
                 if _IGNORED.fullmatch(key) or (self.config.tied and key == "lm_head.weight"):
@@ -73,6 +74,8 @@ def _weight_files(path: Path) -> list[Path]:
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
+        if (path / single).is_file():  # transformers, too, prefers it to an index
+            return [path / single]
         if (path / index).is_file():
             names = _read_json(path / index).get("weight_map")
             if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
@@ -82,8 +85,6 @@ def _weight_files(path: Path) -> list[Path]:
                 if not file.is_file():
                     raise ValueError(f"{path / index} names {file.name}, which is not in {path}")
             return files
-        if (path / single).is_file():
-            return [path / single]
     raise ValueError(f"{path} has a config.json but neither model.safetensors nor pytorch_model.bin (or their index)")
 
 
@@ -100,7 +101,12 @@ def _read_bin(path: Path) -> dict[str, Stored]:
 def hf_output(
     checkpoint: Checkpoint, dtype: str | None, shard_bytes: int = SHARD_BYTES
 ) -> tuple[list[OutputFile], dict[str, bytes]]:
-    """Return the weight files and the small files of `checkpoint` in Hugging Face's format."""
+    """Return the weight files and the small files of `checkpoint` in Hugging Face's format.
+
+    Raises ValueError for a shape that transformers would not load.
+    """
+    if problem := hf_export_problem(checkpoint.config):
+        raise ValueError(problem)
     shards: list[dict[str, View]] = [{}]
     size = 0
     for weight, layer, view in checkpoint.weights():

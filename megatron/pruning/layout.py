@@ -46,17 +46,20 @@ class Layout:
         each = layers // self.pipeline
         return range(stage * each, (stage + 1) * each)
 
-    def check(self, sizes: dict[str, int]) -> None:
-        """Raise ValueError unless a model with these axis sizes can be cut this way."""
+    def check_split(self, sizes: Mapping[str, int], whose: str) -> None:
+        """Raise ValueError unless the axes of `whose` model divide over the tensor ranks."""
         for axis, what in (("groups", "query groups"), ("heads", "attention heads"), ("ffn", "ffn hidden size")):
             if sizes[axis] % self.tensor:
                 raise ValueError(
-                    f"--tensor-model-parallel-size {self.tensor} does not divide the {what} {sizes[axis]}: "
+                    f"--tensor-model-parallel-size {self.tensor} does not divide {whose} {what} {sizes[axis]}: "
                     "choose a size that does"
                 )
+
+    def check_stages(self, sizes: Mapping[str, int], whose: str) -> None:
+        """Raise ValueError unless the layers of `whose` model divide over the pipeline stages."""
         if sizes["layers"] % self.pipeline:
             raise ValueError(
-                f"--pipeline-model-parallel-size {self.pipeline} does not divide the {sizes['layers']} layers: "
+                f"--pipeline-model-parallel-size {self.pipeline} does not divide {whose} {sizes['layers']} layers: "
                 "choose a size that does"
             )
 

@@ -1,5 +1,6 @@
 """Writing: files laid out first and filled in place, in a directory that gets its name only when it is complete."""
 
+import fcntl
 import os
 import shutil
 import sys
@@ -89,25 +90,43 @@ def write_files(
     The directory appears under `path` complete or not at all. Raises ValueError before the first byte when `path` is
     taken or the disk has no room.
     """
-    check_target(path, overwrite)
     mine = files[world.rank :: world.size]
     need = sum(file.nbytes for file in files)
     with _building(path, need, overwrite, world) as partial:
+        if not partial.is_dir():
+            raise ValueError(f"process {world.rank} cannot see {partial}: all need one file system under --save")
         progress = Progress(what, sum(file.nbytes for file in mine), show=world.rank == 0)
         try:
             for file in mine:
                 file.write(partial, progress)
         finally:
             progress.close()
+        world.barrier()
         if world.rank == 0:
+            for file in files:
+                if not (partial / file.name).is_file():
+                    raise ValueError(f"{partial / file.name} was not written: all processes need one file system")
             for name, content in texts.items():
                 write_durably(partial / name, content)
 
 
+# One of these marks a directory as a checkpoint, which --overwrite may replace.
+_MARKS = ("config.json", "latest_checkpointed_iteration.txt")
+
+
 def check_target(path: Path, overwrite: bool) -> None:
-    """Raise ValueError if `path` holds something that must not be replaced."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
-        raise ValueError(f"--save {path} exists: name another directory, or add --overwrite to replace it")
+    """Raise ValueError if `path` is something that must not be replaced: anything but a checkpoint and --overwrite."""
+    if not path.exists() and not path.is_symlink():
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise ValueError(f"--save {path} exists and is not a directory: name another")
+    if path.is_mount():
+        raise ValueError(f"--save {path} is a mount point, which cannot be replaced: name a directory inside it")
+    if any(path.iterdir()):
+        if not overwrite:
+            raise ValueError(f"--save {path} exists: name another directory, or add --overwrite to replace it")
+        if not any((path / mark).is_file() for mark in _MARKS):
+            raise ValueError(f"--save {path} holds something else than a checkpoint: --overwrite does not replace it")
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -123,33 +142,61 @@ def write_durably(path: Path, content: bytes) -> None:
 def _building(path: Path, need: int, overwrite: bool, world: World) -> Iterator[Path]:
     """Give a directory beside `path`, and at the end put it in its place; when anything fails, leave nothing behind."""
     path = path.absolute()
-    partial = path.with_name(f".{path.name}.partial")
-    if world.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():  # left by a run that was killed
-            shutil.rmtree(partial)
-        free = shutil.disk_usage(path.parent).free
-        if need > free:
-            raise ValueError(f"--save {path} needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
-        partial.mkdir()
-    world.barrier()
+    partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "replaced"))
+    lock = None
     try:
-        yield partial
+        if world.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = _lock(partial, path)
+            # What a run that was killed left behind; it may have been between the two renames of `_put_in_place`.
+            if old.exists() and not path.exists():
+                old.rename(path)
+            for leftover in (old, *partial.iterdir()):
+                _remove(leftover)
+            check_target(path, overwrite)
+            free = shutil.disk_usage(path.parent).free
+            if need > free:
+                raise ValueError(
+                    f"--save {path} needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
+                )
         world.barrier()
+        yield partial
         if world.rank == 0:
             _sync_directories(partial)
-            _put_in_place(partial, path, overwrite)
+            _put_in_place(partial, path, old)
         world.barrier()
     except BaseException:
-        if world.rank == 0:
+        if lock is not None:  # only who holds the lock may remove it
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
-def _put_in_place(partial: Path, path: Path, overwrite: bool) -> None:
-    old = path.with_name(f".{path.name}.replaced")
-    if overwrite and path.exists():
-        shutil.rmtree(old, ignore_errors=True)
+def _lock(partial: Path, path: Path) -> int:
+    """Make `partial` and keep other runs from it; the lock goes with the process that holds it, however it ends."""
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_ino != partial.stat().st_ino:
+            raise BlockingIOError  # that run has just put it in place
+    except (BlockingIOError, FileNotFoundError):
+        os.close(lock)
+        raise ValueError(f"--save {path}: another run is writing it") from None
+    return lock
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _put_in_place(partial: Path, path: Path, old: Path) -> None:
+    if path.exists():
         path.rename(old)
     partial.rename(path)
     _sync_directory(path.parent)

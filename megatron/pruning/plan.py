@@ -226,17 +226,14 @@ def _check_heads(sizes: Mapping[str, int], parent: Mapping[str, int]) -> None:
         )
 
 
-def check_blocks(sizes: Mapping[str, int], parent: Mapping[str, int], layout: Layout, prune_type: str) -> None:
-    """Raise ValueError unless both the parent and, when balanced, the pruned model divide over the tensor ranks."""
-    for axis, what in (("groups", "query groups"), ("heads", "attention heads"), ("ffn", "ffn hidden size")):
-        for size, whose in ((parent[axis], "the parent's"), (sizes[axis], f"{FLAG_OF_AXIS[axis]}:")):
-            if size % layout.tensor and (whose == "the parent's" or prune_type == "balance"):
-                raise ValueError(f"--tensor-model-parallel-size {layout.tensor} does not divide {whose} {what} {size}")
-    if sizes["layers"] % layout.pipeline:
-        raise ValueError(
-            f"--pipeline-model-parallel-size {layout.pipeline} does not divide the {sizes['layers']} layers that "
-            f"--drop-layers leaves of {parent['layers']}"
-        )
+def check_layout(
+    sizes: Mapping[str, int], parent: Mapping[str, int], layout: Layout, prune_type: str = "balance"
+) -> None:
+    """Raise ValueError unless the parent and, when balanced, the pruned model divide over the ranks of `layout`."""
+    layout.check_split(parent, "the parent's")
+    if prune_type == "balance":
+        layout.check_split(sizes, "the pruned model's")
+    layout.check_stages(sizes, "the pruned model's")
 
 
 def make_plan(
@@ -252,7 +249,7 @@ def make_plan(
     """Decide what is kept. Raises ValueError for every target that `parent` or `layout` cannot give."""
     config = parent.config
     sizes = resolve_target(target, config)
-    check_blocks(sizes, config.sizes, layout, prune_type)
+    check_layout(sizes, config.sizes, layout, prune_type)
     blocks = layout.tensor if prune_type == "balance" else 1
     layers = np.array([layer for layer in range(config.num_layers) if layer not in target.drop_layers], dtype=np.intp)
 

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -11,14 +12,19 @@ class World:
 
     rank: int = 0
     size: int = 1
+    # Whether this process has met the others: until then all of them do, and fail in, the same.
+    joined: ClassVar[bool] = False
 
     @classmethod
     def from_environment(cls) -> "World":
         """Join the processes that torchrun started, or stay alone."""
         world = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        if not 0 <= world.rank < world.size:
+            raise ValueError(f"RANK {world.rank} and WORLD_SIZE {world.size} of the environment do not fit each other")
         if world.size > 1:
             import torch.distributed
 
+            World.joined = True
             # The slowest writer may take hours after the fastest; torchrun ends all when one dies.
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         return world
@@ -28,7 +34,10 @@ class World:
         if self.size > 1:
             import torch.distributed
 
-            torch.distributed.barrier()
+            try:
+                torch.distributed.barrier()
+            except RuntimeError as error:
+                raise ValueError("another process of this run has ended: see its message") from error
 
     def leave(self) -> None:
         """Part from the others, after the last barrier."""

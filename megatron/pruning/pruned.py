@@ -4,18 +4,18 @@ import numpy as np
 
 from megatron.pruning.checkpoint import Checkpoint
 from megatron.pruning.layout import Layout
-from megatron.pruning.plan import Plan, check_blocks
+from megatron.pruning.plan import Plan, check_layout
 from megatron.pruning.table import Weight, kept_elements
 from megatron.pruning.views import View, take
 
 
 class Pruned(Checkpoint):
-    """The lazy view of `parent` that keeps what `plan` says; nothing is read before a weight is."""
+    """The lazy view of `parent`, the model that `plan` was made for; nothing is read before a weight is."""
 
     def __init__(self, parent: Checkpoint, plan: Plan) -> None:
-        plan.check_parent(parent)
         self.parent, self.plan = parent, plan
-        self.path, self.format, self.layout = parent.path, parent.format, parent.layout
+        self.path, self.root, self.files = parent.path, parent.root, parent.files
+        self.format, self.layout = parent.format, parent.layout
         self.config = parent.config.with_sizes(plan.sizes)
 
     def weight(self, weight: Weight, layer: int | None) -> View:
@@ -34,7 +34,7 @@ class Pruned(Checkpoint):
 
     def check_layout(self, layout: Layout) -> None:
         unbalanced = self.plan.prune_type == "unbalance" and layout.tensor == self.plan.tensor_parallel
-        check_blocks(self.config.sizes, self.parent.config.sizes, layout, "unbalance" if unbalanced else "balance")
+        check_layout(self.config.sizes, self.parent.config.sizes, layout, "unbalance" if unbalanced else "balance")
 
     def carried_files(self) -> dict[str, bytes]:
         return self.parent.carried_files()

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from megatron.pruning.output import OutputFile
-from megatron.pruning.views import File, Stored, View
+from megatron.pruning.views import TORCH_NAMES, File, Stored, View
 
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
 
 
 class _StandIn:
@@ -74,8 +74,9 @@ def load_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
         raise ValueError(f"{path} holds more than data and was not loaded: {reason.strip()}") from error
-    except (RuntimeError, EOFError, KeyError, AssertionError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a damaged pickle runs into
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged: {reason}") from error
 
 
 def stored(file: File, key: str, tensor: Any) -> Stored:
@@ -99,9 +100,9 @@ class TorchFile(OutputFile):
         self.header = header
 
     def lay_out(self, path: Path) -> dict[str, int]:
-        kinds = {name: dtype for dtype, name in DTYPES.items()}
         # Under skip_data the tensors' memory is never touched and the file gets a hole in place of each.
-        model = {key: torch.empty(view.shape, dtype=kinds[view.dtype]) for key, view in self.views.items()}
+        dtypes = {key: getattr(torch, TORCH_NAMES[view.dtype]) for key, view in self.views.items()}
+        model = {key: torch.empty(view.shape, dtype=dtypes[key]) for key, view in self.views.items()}
         try:
             with torch.serialization.skip_data():
                 torch.save({**self.header, "model": model}, path)

@@ -23,6 +23,7 @@ Index = NDArray[np.intp]
 Bits = NDArray[Any]
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BITS: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 2: np.dtype("<i2")}
 BLOCK_BYTES = 1 << 20
 # Two runs of rows closer than this are read in one go: a seek costs more than the bytes between them.
@@ -80,6 +81,8 @@ class Stored(View):
 
     def __init__(self, file: File, offset: int, shape: tuple[int, ...], dtype: str) -> None:
         self.file, self.offset, self.shape, self.dtype = file, offset, shape, dtype
+        if len(shape) not in (1, 2):
+            raise ValueError(f"{file.path} holds a tensor of shape {shape}: a Llama's have one or two dims")
         if offset < 0 or offset + self.nbytes > file.size:
             raise ValueError(f"{file.path} has {file.size} bytes, but a tensor of it ends at {offset + self.nbytes}")
 
@@ -119,7 +122,7 @@ class Taken(View):
 
 
 class Concatenated(View):
-    """Views side by side along `axis`."""
+    """Views of one dtype side by side along `axis`."""
 
     def __init__(self, parts: Sequence[View], axis: int) -> None:
         self.parts, self.axis, self.dtype = parts, axis, parts[0].dtype
@@ -147,10 +150,12 @@ class Cast(View):
     def read(self, rows: Index) -> Bits:
         import torch  # only a change of dtype needs it; a plain move of bits starts without
 
-        kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        bits = {4: torch.int32, 2: torch.int16}[BYTES[self.dtype]]
-        values = torch.from_numpy(self.parent.read(rows)).view(kinds[self.parent.dtype])
-        result: Bits = values.to(kinds[self.dtype]).view(bits).numpy()
+        before, after = (getattr(torch, TORCH_NAMES[dtype]) for dtype in (self.parent.dtype, self.dtype))
+        values = torch.from_numpy(self.parent.read(rows)).view(before)
+        rounded = values.to(after)
+        if after == torch.float16 and not torch.equal(rounded.isfinite(), values.isfinite()):
+            raise ValueError(f"a weight of magnitude {float(values.abs().max()):.3g} does not fit fp16: choose bf16")
+        result: Bits = rounded.view({4: torch.int32, 2: torch.int16}[BYTES[self.dtype]]).numpy()
         return result
 
 
@@ -164,7 +169,10 @@ def take(view: View, axis: int, index: Index) -> View:
 
 
 def concat(parts: Sequence[View], axis: int) -> View:
-    """Return `parts` joined along `axis`."""
+    """Return `parts` joined along `axis`. Parts of different dtypes become fp32, which holds each of them exactly."""
+    dtypes = {part.dtype for part in parts}
+    if len(dtypes) > 1:
+        parts = [cast(part, "fp32") for part in parts]
     return parts[0] if len(parts) == 1 else Concatenated(parts, axis)
 
 

@@ -13,10 +13,14 @@ The format of --load is detected. Tokenizer files travel along.
 """
 
 import argparse
+import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.pruning.arguments import add_layout_flags, hyphenated, layout_from_flags, run
+from megatron.pruning.checkpoint import Checkpoint
+from megatron.pruning.config import LlamaConfig
 from megatron.pruning.formats import FORMATS, open_checkpoint, save_checkpoint
 from megatron.pruning.output import check_target
 from megatron.pruning.processes import World
@@ -36,8 +40,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --save")
     parser.add_argument("--format", choices=FORMATS, default="torch", help="format of --save (default: Megatron torch)")
     parser.add_argument("--dtype", choices=tuple(BYTES), help="dtype of --save (default: each tensor's own)")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="without padding, where a Megatron source does not say"
+    )
     add_layout_flags(parser)
     return parser.parse_args(hyphenated(argv))
+
+
+def with_vocabulary(source: Checkpoint, size: int) -> LlamaConfig:
+    """Return the source's config with another vocabulary. Raises ValueError if it has fewer rows."""
+    if not 1 <= size <= source.config.vocab_size:
+        raise ValueError(
+            f"--vocab-size {size} must lie between 1 and the {source.config.vocab_size} rows of {source.path}"
+        )
+    return dataclasses.replace(source.config, vocab_size=size)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,10 +61,18 @@ def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     check_target(args.save, args.overwrite)
     source = open_checkpoint(args.load)
+    if args.vocab_size is not None:
+        source.config = with_vocabulary(source, args.vocab_size)
     layout = layout_from_flags(args, source.layout)
     world = World.from_environment()
     if world.rank == 0:
         print(f"source: {source}", flush=True)
+        if args.vocab_size is None and not source.vocab_is_known:
+            print(
+                f"warning: the source does not say its vocabulary: all {source.config.vocab_size} rows are kept, "
+                "padding or not; give --vocab-size",
+                file=sys.stderr,
+            )
     save_checkpoint(
         source, args.save, format=args.format, layout=layout, dtype=args.dtype, overwrite=args.overwrite, world=world
     )
