@@ -74,22 +74,35 @@ size_of() { # the value of a flag in the model's own
     done
     echo "$value"
 }
+ranks=$(($(size_of --tensor-model-parallel-size) * $(size_of --pipeline-model-parallel-size)))
 gpus=$(count_gpus)
+precision=()
 if [ "$gpus" -gt 0 ]; then
-    GPUS_PER_NODE=${GPUS_PER_NODE:-$gpus}
+    GPUS_PER_NODE=${GPUS_PER_NODE:-$((gpus / ranks > 0 ? gpus / ranks * ranks : gpus))}
     precision=(--bf16)
 else
-    GPUS_PER_NODE=${GPUS_PER_NODE:-$(($(size_of --tensor-model-parallel-size) * $(size_of --pipeline-model-parallel-size)))}
+    GPUS_PER_NODE=${GPUS_PER_NODE:-$ranks}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    precision=()
 fi
+processes=$((GPUS_PER_NODE * ${NNODES:-1}))
+[ $((processes % ranks)) = 0 ] ||
+    die "$LOAD_PATH is cut for $ranks model ranks, but there are $processes processes: re-cut it with scripts/transfer.sh"
+copies=$((processes / ranks))
+[ $((GLOBAL_BATCH_SIZE % copies)) = 0 ] ||
+    die "GLOBAL_BATCH_SIZE $GLOBAL_BATCH_SIZE is not a multiple of the $copies data-parallel copies"
+[ $((MICRO_BATCH_SIZE * copies)) -le "$GLOBAL_BATCH_SIZE" ] || MICRO_BATCH_SIZE=$((GLOBAL_BATCH_SIZE / copies))
 
-read -ra data <<<"$DATA_PATH"
+# One prefix, which may hold spaces, or "weight prefix weight prefix ...".
+words() {
+    if [ -f "$1.idx" ]; then split=("$1"); else read -ra split <<<"$1"; fi
+}
+words "$DATA_PATH"
 if [ -n "$VALID_DATA_PATH" ]; then
-    read -ra valid <<<"$VALID_DATA_PATH"
-    data=(--train-data-path "${data[@]}" --valid-data-path "${valid[@]}" --test-data-path "${valid[@]}")
+    data=(--train-data-path "${split[@]}")
+    words "$VALID_DATA_PATH"
+    data+=(--valid-data-path "${split[@]}")
 else
-    data=(--data-path "${data[@]}" --split "$SPLIT")
+    data=(--data-path "${split[@]}" --split "$SPLIT")
 fi
 
 launch "$GPUS_PER_NODE" "$ROOT/pretrain_gpt.py" "${model[@]}" "${precision[@]}" "${data[@]}" \

@@ -17,8 +17,8 @@ if [ -z "${LOAD_PATH:-}" ]; then
 fi
 LOAD_PATH=${LOAD_PATH:-${RUNS:-$HERE/runs}/parent}
 SAVE_PATH=${SAVE_PATH:-${RUNS:-$HERE/runs}/pruned}
-TP=${TP:-2}
-PP=${PP:-1}
+TP=${TP:-} # layout of the target; empty: the parent's
+PP=${PP:-}
 PRUNE_TYPE=${PRUNE_TYPE:-balance}
 GPUS_PER_NODE=${GPUS_PER_NODE:-1} # processes that share the writing
 
@@ -29,7 +29,8 @@ remain=()
 [ -n "${NUM_QUERY_GROUPS_REMAIN:-}" ] && remain+=(--num_query_groups_remain "$NUM_QUERY_GROUPS_REMAIN")
 [ -n "${FFN_HIDDEN_SIZE_REMAIN:-}" ] && remain+=(--ffn_hidden_size_remain "$FFN_HIDDEN_SIZE_REMAIN")
 [ -n "${DROP_LAYERS:-}" ] && remain+=(--drop_layers "$DROP_LAYERS")
+[ -n "$TP" ] && remain+=(--tensor-model-parallel-size "$TP")
+[ -n "$PP" ] && remain+=(--pipeline-model-parallel-size "$PP")
 
 launch "$GPUS_PER_NODE" "$ROOT/prune_llama.py" --is_prune "${remain[@]}" --prune_type "$PRUNE_TYPE" \
-    --load "$LOAD_PATH" --save "$SAVE_PATH" \
-    --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" "$@"
+    --load "$LOAD_PATH" --save "$SAVE_PATH" "$@"

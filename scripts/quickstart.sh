@@ -4,15 +4,20 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-export RUNS=${RUNS:-$HERE/runs/quickstart} # everything lands here
-export TRAIN_ITERS=${TRAIN_ITERS:-300}     # steps of continued pretraining
-export TP=${TP:-2}
+RUNS=${RUNS:-$HERE/runs/quickstart} # everything lands here
+TRAIN_ITERS=${TRAIN_ITERS:-300}     # steps of continued pretraining
+TP=${TP:-2}
 
 # Settings of another job in this shell must not leak into the demonstration.
-unset HF_FORMAT_DIR MEGATRON_FORMAT_DIR LOAD_PATH SAVE_PATH CHECKPOINT_PATH DATA_PATH VALID_DATA_PATH TOKENIZER_MODEL
-unset HIDDEN_SIZE_REMAIN NUM_ATTENTION_HEADS_REMAIN NUM_QUERY_GROUPS_REMAIN FFN_HIDDEN_SIZE_REMAIN DROP_LAYERS PP
+unset HF_FORMAT_DIR MEGATRON_FORMAT_DIR LOAD_PATH SAVE_PATH CHECKPOINT_PATH DATA_PATH VALID_DATA_PATH SPLIT PP PRUNE_TYPE \
+    HIDDEN_SIZE_REMAIN NUM_ATTENTION_HEADS_REMAIN NUM_QUERY_GROUPS_REMAIN FFN_HIDDEN_SIZE_REMAIN DROP_LAYERS \
+    TOKENIZER_TYPE TOKENIZER_MODEL TENSORBOARD_PATH GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT \
+    SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR LR_WARMUP_ITERS WEIGHT_DECAY CLIP_GRAD \
+    SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL
+export RUNS TRAIN_ITERS TP
 
 source "$HERE/scripts/common.sh"
+[ "$(count_gpus)" != 1 ] || TP=1
 say() { printf '\n== %s\n' "$*"; }
 
 say "1/8 text: Python's standard library as tokens"
@@ -31,9 +36,10 @@ bash "$ROOT/scripts/prune_llama.sh" --overwrite
 
 say "4/8 train on: $TRAIN_ITERS steps of the stock Megatron loop (log: $RUNS/train.log)"
 rm -rf "$RUNS/recovered"
-bash "$ROOT/scripts/check_model.sh" 2>&1 | tee "$RUNS/train.log" |
-    grep --line-buffered -oE 'iteration +[0-9]+/ *[0-9]+|lm loss: [^|]*|validation loss at [^|]*\|[^|]*|error: .*' || true
-[ -f "$RUNS/recovered/latest_checkpointed_iteration.txt" ] || die "training saved no checkpoint: see $RUNS/train.log"
+bash "$ROOT/scripts/check_model.sh" 2>&1 | tee "$RUNS/train.log" | sed -unE \
+    -e 's/.*(iteration +[0-9]+\/ *[0-9]+) .*(lm loss: [^ ]+).*/\1   \2/p' \
+    -e 's/.*(validation loss at iteration [0-9]+) \| lm loss value: ([^ ]+).*/\1: \2/p' -e '/error: /p' ||
+    die "training failed: see $RUNS/train.log"
 
 say "5/8 transfer: tensor parallel $TP -> 1"
 TP=1 bash "$ROOT/scripts/transfer.sh" --overwrite

@@ -2,8 +2,9 @@
 
     python tools/evaluate.py --load assets/tiny-llama --load runs/pruned --load runs/recovered --data runs/data/valid
 
-The loss is the mean cross entropy in nats over all tokens of consecutive, full windows, as the training loop's
-validation has it, computed by transformers' LlamaForCausalLM from the logical weights: no conversion is needed first.
+The loss is the mean cross entropy in nats over all tokens of consecutive, full windows, computed by transformers'
+LlamaForCausalLM from the logical weights: no conversion is needed first. The training loop's own figures are a little
+higher where its vocabulary is padded, since the padding takes part in its softmax.
 """
 
 import argparse
@@ -20,11 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron.pruning.arguments import hyphenated, run
 from megatron.pruning.checkpoint import Checkpoint
-from megatron.pruning.config import config_to_hf
+from megatron.pruning.config import config_to_hf, hf_export_problem
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.views import cast, read_all
-
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megatron.pruning.views import TORCH_NAMES, cast, read_all
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,24 +37,35 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser.add_argument("--load", type=Path, action="append", required=True, metavar="DIR", help="may be repeated")
     parser.add_argument("--data", type=Path, required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx")
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens a window (default 512)")
-    parser.add_argument("--max-tokens", type=int, default=200_000, help="of the data, from its start (default 200000)")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows at a time (default 8)")
-    parser.add_argument("--dtype", choices=tuple(TORCH_DTYPES), default="bf16" if gpu else "fp32", help="to compute in")
+    parser.add_argument("--sequence-length", type=positive, default=512, help="tokens a window (default 512)")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=200_000, help="of the data, from its start (default 200,000)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, help="windows at a time (default 8)")
+    parser.add_argument("--dtype", choices=tuple(TORCH_NAMES), default="bf16" if gpu else "fp32", help="to compute in")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default: a GPU when there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     return parser.parse_args(hyphenated(argv))
 
 
+def positive(text: str) -> int:
+    """Read a number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
 def build(checkpoint: Checkpoint, dtype: str, device: str) -> LlamaForCausalLM:
-    """Return the checkpoint as a transformers model in eval mode."""
+    """Return the checkpoint as a transformers model in eval mode. Raises ValueError for what transformers has not."""
+    if problem := hf_export_problem(checkpoint.config):
+        raise ValueError(f"{checkpoint.path}: {problem}")
     config = LlamaConfig(**config_to_hf(checkpoint.config, dtype))
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     state = {}
     for weight, layer, view in checkpoint.weights():
         bits = torch.from_numpy(read_all(cast(view, dtype)))
-        state[weight.hf_key(layer)] = bits.view(TORCH_DTYPES[dtype])
+        state[weight.hf_key(layer)] = bits.view(getattr(torch, TORCH_NAMES[dtype]))
     if checkpoint.config.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)
@@ -73,7 +83,10 @@ def windows(prefix: Path, length: int, max_tokens: int, vocabulary: int) -> torc
     for suffix in (".bin", ".idx"):
         if not Path(f"{prefix}{suffix}").is_file():
             raise ValueError(f"--data {prefix}: there is no {prefix}{suffix}")
-    data = IndexedDataset(str(prefix))
+    try:
+        data = IndexedDataset(str(prefix))
+    except Exception as error:  # its asserts say little
+        raise ValueError(f"--data {prefix}: {prefix}.idx is damaged or empty ({error})") from error
     documents, count = [], 0
     for document in data:
         documents.append(torch.from_numpy(document.astype("int64")))
@@ -103,6 +116,10 @@ def loss(model: LlamaForCausalLM, data: torch.Tensor, batch: int, name: str) -> 
 def main(argv: Sequence[str]) -> None:
     """Evaluate every checkpoint on the same tokens and print one table."""
     args = parse(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch sees no GPU here; leave it out")
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no directory {args.json.parent}")
     checkpoints = [open_checkpoint(path) for path in args.load]
     smallest = min(checkpoint.config.vocab_size for checkpoint in checkpoints)
     data = windows(args.data, args.sequence_length, args.max_tokens, smallest)

@@ -33,7 +33,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--run", action="append", required=True, type=named, metavar="NAME=DIR", help="may be repeated")
-    parser.add_argument("--line", action="append", default=[], type=named, metavar="NAME=LOSS", help="may be repeated")
+    parser.add_argument("--line", action="append", default=[], type=level, metavar="NAME=LOSS", help="may be repeated")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens a sample: count tokens on the x axis")
     parser.add_argument("--title", default="", help="above the plot")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf")
@@ -48,17 +48,27 @@ def named(text: str) -> tuple[str, str]:
     return name, value
 
 
-def scalars(directory: Path, tag: str) -> tuple[list[int], list[float]]:
-    """Return steps and values of one TensorBoard scalar, in order; later runs win where a resume repeated a step.
+def level(text: str) -> tuple[str, float]:
+    """Split NAME=LOSS."""
+    name, value = named(text)
+    return name, float(value)
 
-    Raises ValueError when the directory holds no such scalar.
-    """
+
+def read_run(directory: Path) -> EventAccumulator:
+    """Open a TensorBoard directory. Raises ValueError when it holds no training loss."""
     if not directory.is_dir():
         raise ValueError(f"--run: {directory} is not a directory")
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     events.Reload()
+    if TRAIN not in events.Tags()["scalars"]:
+        raise ValueError(f"--run: {directory} holds no TensorBoard scalar {TRAIN!r}")
+    return events
+
+
+def scalars(events: EventAccumulator, tag: str) -> tuple[list[int], list[float]]:
+    """Return steps and values of one scalar, in order; later runs win where a resume repeated a step."""
     if tag not in events.Tags()["scalars"]:
-        raise ValueError(f"--run: {directory} holds no TensorBoard scalar {tag!r}")
+        return [], []  # no validation yet
     by_step = {event.step: event.value for event in sorted(events.Scalars(tag), key=lambda event: event.wall_time)}
     return sorted(by_step), [by_step[step] for step in sorted(by_step)]
 
@@ -69,15 +79,16 @@ def main(argv: Sequence[str]) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     suffix, tokens = (PER_SAMPLE, args.sequence_length) if args.sequence_length else ("", 1)
     for name, directory in args.run:
-        steps, values = scalars(Path(directory), TRAIN + suffix)
+        events = read_run(Path(directory))
+        steps, values = scalars(events, TRAIN + suffix)
         (line,) = axes.plot(
             [step * tokens for step in steps], values, linewidth=1, alpha=0.6, label=f"{name}, training"
         )
-        steps, values = scalars(Path(directory), VALIDATION + suffix)
+        steps, values = scalars(events, VALIDATION + suffix)
         points = [step * tokens for step in steps]
         axes.plot(points, values, "o-", color=line.get_color(), label=f"{name}, validation")
-    for i, (name, level) in enumerate(args.line):
-        axes.axhline(float(level), linestyle="--", color=f"C{7 + i}", label=f"{name}: {float(level):.3f}")
+    for i, (name, value) in enumerate(args.line):
+        axes.axhline(value, linestyle="--", color=f"C{7 + i}", label=f"{name}: {value:.3f}")
     axes.set(xlabel="tokens" if args.sequence_length else "iteration", ylabel="loss (nats a token)", title=args.title)
     axes.grid(alpha=0.3)
     axes.legend()
