@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, SHAPES, hf_logits, make_llama, tensors
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, LlamaForCausalLM
 
 from megatron.pruning.config import config_from_hf, config_to_hf
@@ -49,6 +51,35 @@ def test_there_and_back_is_the_identity(tmp_path: Path, shape: str, tensor: int,
     for key in wanted:
         assert wanted[key].dtype == found[key].dtype
         assert torch.equal(wanted[key].view(torch.int16), found[key].view(torch.int16)), key
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_there_and_back_through_torch_dist_is_the_identity(tmp_path: Path, shape: str) -> None:
+    source = make_llama(tmp_path / "hf", shape, dtype=torch.bfloat16)
+    dist = convert(source, tmp_path / "dist", format="torch_dist", tensor=2)
+    shards = convert(dist, tmp_path / "shards", tensor=4, pipeline=2)
+    wanted = tensors(source)
+    for name, checkpoint in (("a", dist), ("b", shards), ("c", convert(shards, tmp_path / "d2", format="torch_dist"))):
+        found = tensors(convert(checkpoint, tmp_path / name, format="hf"))
+        assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_torch_dist_is_what_torch_itself_reads(gqa: Path, tmp_path: Path) -> None:
+    dist = convert(gqa, tmp_path / "dist", format="torch_dist")
+    entries = FileSystemReader(dist / "release").read_metadata().state_dict_metadata
+    found = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in entries.items() if hasattr(v, "size")}
+    dcp.load(found, checkpoint_id=dist / "release", no_dist=True)
+    wanted = tensors(gqa)
+    for layer in range(4):
+        prefix = f"model.layers.{layer}."
+        q, k, v = (wanted[f"{prefix}self_attn.{name}_proj.weight"].view(4, -1, 6, 40) for name in "qkv")
+        assert torch.equal(found["decoder.layers.self_attention.linear_qkv.weight"][layer].view(4, 4, 6, 40),
+                           torch.cat([q, k, v], 1))  # fmt: skip
+        fc1 = torch.cat([wanted[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up")])
+        assert torch.equal(found["decoder.layers.mlp.linear_fc1.weight"][layer], fc1)
+        norm = wanted[f"{prefix}post_attention_layernorm.weight"]
+        assert torch.equal(found["decoder.layers.mlp.linear_fc1.layer_norm_weight"][layer], norm)
+    assert torch.equal(found["embedding.word_embeddings.weight"][:101], wanted["model.embed_tokens.weight"])
 
 
 def test_every_bit_pattern_survives(tmp_path: Path) -> None:

@@ -77,14 +77,19 @@ def test_check_model_trains_a_pruned_pipeline_and_resumes(folder: Path) -> None:
     assert exported_loss(folder, folder / "pp2-trained") < resumed[7]
 
 
-def test_pruned_tensor_parallel_checkpoint_trains_from_its_own_arguments(folder: Path) -> None:
-    shards = convert(folder / "hf", folder / "tp2-parent", layout=Layout(tensor=2, vocab_divisor=64))
-    pruned = prune(shards, folder / "tp2", *PRUNED)
+@pytest.mark.parametrize("format", ["torch", "torch_dist"])
+def test_pruned_tensor_parallel_checkpoint_trains_from_its_own_arguments(folder: Path, format: str) -> None:
+    shards = convert(folder / "hf", folder / f"parent-{format}", layout=Layout(tensor=2, vocab_divisor=64))
+    pruned = prune(shards, folder / f"tp2-{format}", *PRUNED, f"--format={format}")
+    trained = folder / f"trained-{format}"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = f"""--use-checkpoint-args --norm-epsilon 1e-4 --tensor-model-parallel-size 2 --sequence-parallel
-        --load {pruned} --exit-on-missing-checkpoint --data-path {folder}/data --split 100,0,0
+        --load {trained} --pretrained-checkpoint {pruned} --save {trained} --ckpt-format {format}
+        --data-path {folder}/data --split 100,0,0
         --tokenizer-type NullTokenizer --vocab-size 128 --seq-length {SEQUENCE} --micro-batch-size 2
         --global-batch-size 4 --train-iters 3 --lr 1e-2 --eval-iters 0 --log-interval 1 --calculate-per-token-loss"""
     done = losses(run([*launch, str(ROOT / "pretrain_gpt.py"), *flags.split()]))
     assert done[1] == pytest.approx(exported_loss(folder, pruned), abs=1e-5)
     assert done[3] < done[1]
+    # The stock loop's own checkpoint, optimizer and all, is read as well.
+    assert exported_loss(folder, trained) < done[3]

@@ -249,7 +249,7 @@ FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
             r"rank files for tensor_model_parallel_size 1, but its arguments say 2",
         ),
         (lambda path: (path / "release/mp_rank_00").mkdir(), r"two directories for one rank"),
-        (lambda path: (path / "release/.metadata").write_text(""), r"is in the format torch_dist"),
+        (lambda path: (path / "release/.metadata").write_text(""), r"is not the metadata of a checkpoint"),
         (lambda path: (path / "latest_checkpointed_iteration.txt").write_text("x"), r"holds 'x', neither a number"),
         (
             lambda path: (path / "latest_checkpointed_iteration.txt").write_text("7"),
@@ -260,6 +260,44 @@ FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 def test_damaged_megatron_checkpoints(gqa: Path, tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
     source = convert(gqa, tmp_path / "m", tensor=2, pipeline=2)
     damage(source)
+    with pytest.raises(ValueError, match=message) as refusal:
+        convert(source, tmp_path / "out", format="hf")
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (lambda path: (path / ".metadata").write_bytes(b"\x80\x04."), r"is not the metadata of a checkpoint"),
+        (lambda path: truncate(path / ".metadata", 0.5), r"is not the metadata of a checkpoint"),
+        (lambda path: truncate(path / "__0_0.distcp", 0.5), r"__0_0.distcp has \d+ bytes, but an entry of it ends at"),
+        (lambda path: (path / "__0_0.distcp").unlink(), r"names __0_0.distcp, which is not there"),
+        (lambda path: (path / "common.pt").unlink(), r"carries no Megatron arguments"),
+        (lambda path: (path / "common.pt").write_bytes(b"x"), r"common.pt .* is not a complete file of torch.save"),
+        (
+            lambda path: (path / "__0_0.distcp").write_bytes(bytes((path / "__0_0.distcp").stat().st_size)),
+            r"an entry of .*__0_0.distcp is not a complete file",
+        ),
+        (
+            lambda path: (path / ".metadata").write_bytes(
+                (path / ".metadata").read_bytes().replace(b"__0_0", b"../_0")
+            ),
+            r"names ../_0.distcp, outside its own directory",
+        ),
+        (
+            lambda path: (path / ".metadata").write_bytes(
+                (path / ".metadata").read_bytes().replace(b"mlp.linear_fc2.weight", b"mlp.linear_fc9.weight")
+            ),
+            r"holds an unexpected tensor: decoder.layers.mlp.linear_fc9.weight",
+        ),
+    ],
+)
+def test_damaged_torch_dist_checkpoints(
+    gqa: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    source = convert(gqa, tmp_path / "m", format="torch_dist")
+    damage(source / "release")
     with pytest.raises(ValueError, match=message) as refusal:
         convert(source, tmp_path / "out", format="hf")
     assert "\n" not in str(refusal.value)
@@ -285,6 +323,10 @@ def test_a_pickle_that_would_run_code_does_not_run(gqa: Path, tmp_path: Path) ->
     (source / "release/mp_rank_01/model_optim_rng.pt").write_bytes(pickle.dumps(Bomb(trace)))
     with pytest.raises(ValueError, match=r"is not a complete file of torch\.save"):
         convert(source, tmp_path / "out", format="hf")
+    dist = convert(gqa, tmp_path / "dist", format="torch_dist")
+    (dist / "release/.metadata").write_bytes(pickle.dumps({"storage_data": Bomb(trace)}))
+    with pytest.raises(ValueError, match=r"posix.system has no place in the metadata"):
+        convert(dist, tmp_path / "out", format="hf")
     assert not trace.exists()
 
 

@@ -9,7 +9,7 @@ from megatron.pruning.layout import Layout
 from megatron.pruning.output import write_files
 from megatron.pruning.processes import World
 
-FORMATS = ("hf", "torch")
+FORMATS = ("hf", "torch", "torch_dist")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -27,7 +27,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     if (directory := find_iteration(path)) is not None:
         if (directory / ".metadata").is_file():
-            raise ValueError(f"--load {path} is in the format torch_dist: save it with --ckpt-format torch first")
+            from megatron.pruning.dist_format import DistCheckpoint
+
+            return DistCheckpoint(path)
         from megatron.pruning.torch_format import TorchCheckpoint  # imports torch: a second
 
         return TorchCheckpoint(path)
@@ -67,6 +69,12 @@ def save_checkpoint(
         layout = layout or Layout()
         checkpoint.check_layout(layout)
         files, own_texts = torch_output(checkpoint, layout, dtype)
+    elif format == "torch_dist":
+        from megatron.pruning.dist_format import dist_output
+
+        layout = layout or Layout()
+        checkpoint.check_layout(layout)
+        files, own_texts = dist_output(checkpoint, layout, dtype)
     else:
         raise ValueError(f"--format {format}: choose one of {', '.join(FORMATS)}")
     plan = checkpoint.root / PLAN_FILE

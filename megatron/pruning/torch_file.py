@@ -6,6 +6,7 @@ not be importable and nothing of it runs. Tensors load on the meta device, which
 """
 
 import argparse
+import io
 import os
 import pickle
 import signal
@@ -61,26 +62,35 @@ _ALLOWED: list[Any] = [
 ]
 
 
-def load_torch(path: Path) -> Any:
+def load_torch(path: Path, part: io.RawIOBase | None = None) -> Any:
     """Load a file of torch.save with its tensors on the meta device; their data stays in the file (see `stored`).
 
-    Raises ValueError for what is not such a file, is cut short, or holds anything but data.
+    `part` is a file within `path` to load instead of the whole. Raises ValueError for what is not such a file, is cut
+    short, or holds anything but data.
     """
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) is not a complete file of torch.save")
+    source: Any = path if part is None else part
+    if not zipfile.is_zipfile(source):
+        what = f"{path} ({path.stat().st_size} bytes)" if part is None else f"an entry of {path}"
+        raise ValueError(f"{what} is not a complete file of torch.save")
+    if part is not None:
+        part.seek(0)
     try:
         with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="meta", weights_only=True)
+            return torch.load(source, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
-        raise ValueError(f"{path} holds more than data and was not loaded: {reason.strip()}") from error
+        lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+        reason = lines[0] if lines else "the pickle is not one of torch.save"
+        raise ValueError(f"{path} holds more than data and was not loaded: {reason}") from error
     except Exception as error:  # whatever a damaged pickle runs into
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is damaged: {reason}") from error
 
 
-def stored(file: File, key: str, tensor: Any) -> Stored:
-    """Return the view of a tensor that `load_torch` left in `file`. Raises ValueError for what no Llama weight is."""
+def data_offset(file: File, key: str, tensor: Any) -> int:
+    """Return where the data of a tensor that `load_torch` left in `file`, or in a part of it, begins.
+
+    Raises ValueError for what no Llama weight is.
+    """
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{file.path}: {key} is {type(tensor).__name__}, not a tensor")
     if tensor.dtype not in DTYPES:
@@ -88,8 +98,12 @@ def stored(file: File, key: str, tensor: Any) -> Stored:
     if not tensor.is_contiguous():
         raise ValueError(f"{file.path}: {key} is not contiguous (strides {tensor.stride()})")
     base: Any = tensor.untyped_storage()._checkpoint_offset
-    offset = base + int(tensor.storage_offset()) * tensor.element_size()
-    return Stored(file, offset, tuple(tensor.shape), DTYPES[tensor.dtype])
+    return int(base) + int(tensor.storage_offset()) * tensor.element_size()
+
+
+def stored(file: File, key: str, tensor: Any) -> Stored:
+    """Return the view of a tensor that `load_torch` left in `file`. Raises ValueError for what no Llama weight is."""
+    return Stored(file, data_offset(file, key, tensor), tuple(tensor.shape), DTYPES[tensor.dtype])
 
 
 class TorchFile(OutputFile):
