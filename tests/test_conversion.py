@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import show_checkpoint
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, SHAPES, hf_logits, make_llama, tensors
@@ -62,6 +63,23 @@ def test_there_and_back_through_torch_dist_is_the_identity(tmp_path: Path, shape
     for name, checkpoint in (("a", dist), ("b", shards), ("c", convert(shards, tmp_path / "d2", format="torch_dist"))):
         found = tensors(convert(checkpoint, tmp_path / name, format="hf"))
         assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_digest_is_of_the_model_not_of_its_format(
+    gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = [gqa, convert(gqa, tmp_path / "a", tensor=4, pipeline=2)]
+    checkpoints += [convert(gqa, tmp_path / "b", format="torch_dist"), make_llama(tmp_path / "other", vocab=102)]
+    digests = []
+    for checkpoint in checkpoints:
+        show_checkpoint.main([str(checkpoint), "--digest", "--weights"])
+        printed = capsys.readouterr().out
+        digests.append(printed.split("digest")[-1].split()[0])
+        assert "66,040" in printed or checkpoint.name == "other"
+        q = next(line for line in printed.splitlines() if "layers.3.self_attn.q_proj" in line).split()
+        wanted = tensors(gqa)["model.layers.3.self_attn.q_proj.weight"].double().norm()
+        assert checkpoint.name == "other" or float(q[-1]) == pytest.approx(float(wanted), rel=1e-5)
+    assert len(set(digests[:3])) == 1 and digests[3] != digests[0]
 
 
 def test_torch_dist_is_what_torch_itself_reads(gqa: Path, tmp_path: Path) -> None:

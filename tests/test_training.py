@@ -1,14 +1,16 @@
 """The stock training loop on a CPU: layouts agree, a killed run resumes bit for bit, bad checkpoints are refused.
 
-A launch costs seconds of imports, so one driver process imports pretrain_gpt once and forks a child for every
-single-process run below, in order; only the runs over two processes are launched by torchrun.
+A launch costs seconds of imports, so one driver process imports pretrain_gpt once and forks a child for every rank of
+the runs below, in order; two runs are launched as a user does it, by torchrun.
 """
 
 import json
+import math
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,11 +36,11 @@ TRAINING = (
 DRIVER = """
 import json, os, signal, sys, time
 sys.path.insert(0, {root!r})
-import pretrain_gpt
 
-def child(words, log):
+def child(words, log, settings):
+    os.environ.update(settings)
     sys.argv = ["pretrain_gpt.py", *words]
-    out = os.open(log, os.O_CREAT | os.O_WRONLY)
+    out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(out, 1), os.dup2(out, 2)
     try:
         pretrain_gpt.run()
@@ -54,10 +56,13 @@ def child(words, log):
 
 def main():
     for line in sys.stdin:
-        log, words, kill_after = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            child(words, log)
+        log, words, kill_after, ranks = json.loads(line)
+        children = []
+        for settings in ranks:
+            children.append(os.fork())
+            if children[-1] == 0:
+                child(words, log, settings)
+        pid, *others = children
         done = 0
         while kill_after and not done:
             time.sleep(0.002)
@@ -68,9 +73,12 @@ def main():
                 break
         if not done:
             _, status = os.waitpid(pid, 0)
+        for other in others:
+            status = status or os.waitpid(other, 0)[1]
         print("exit", os.waitstatus_to_exitcode(status), flush=True)
 
 if __name__ == "__main__":
+    import pretrain_gpt
     main()
 """
 
@@ -108,18 +116,25 @@ class Forker:
         self.process = subprocess.Popen(
             [sys.executable, "driver.py"],
             cwd=folder,
-            env=environment(),
+            env=environment() | {"LOCAL_WORLD_SIZE": "2"},  # how many devices the stand-in says there are
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
 
-    def run(self, name: str, words: str, kill_after: int | None = None) -> Run:
-        """Runs pretrain_gpt.py with these flags in one process, killed with -9 after a step if that is asked for."""
+    def run(self, name: str, words: str, kill_after: int | None = None, processes: int = 1) -> Run:
+        """Runs pretrain_gpt.py with these flags, killed with -9 after a step if that is asked for."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([f"{name}.log", words.split(), kill_after]) + "\n")
+        ranks: list[dict[str, str]] = [{}]  # as without torchrun
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            ranks = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        self.process.stdin.write(json.dumps([f"{name}.log", words.split(), kill_after, ranks]) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline().split()
         assert answer[:1] == ["exit"], "the driver died"
@@ -210,20 +225,88 @@ def test_formats_train_and_resume_alike(trained: dict[str, Run]) -> None:
     assert {step: loss for step, loss in trained["dist_again"].losses.items() if step > SAVED + 2} == late
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "--tensor-model-parallel-size 2 --sequence-parallel",
-        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
-    ],
-)
-def test_layouts_continue_the_same_training(layout: str, folder: Path, trained: dict[str, Run]) -> None:
-    run = launched(folder, 2, f"{MODEL} {TRAINING} {DATA} --load dist --ckpt-step {SAVED} {layout}")
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_layouts_continue_the_same_training(layout: str, folder: Path, forker: Forker, trained: dict[str, Run]) -> None:
+    words = f"{MODEL} {TRAINING} {DATA} --load dist --ckpt-step {SAVED}"
+    if layout == "tensor":
+        run = launched(folder, 2, f"{words} --tensor-model-parallel-size 2 --sequence-parallel --save tensor")
+        assert (folder / "tensor" / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
+    else:
+        stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+        run = forker.run(layout, f"{words} {stages}", processes=2)
     assert run.code == 0, run.log[-3000:]
     compared = range(SAVED + 3, STEPS + 1)
     assert [run.losses[step] for step in compared] == pytest.approx(
         [trained["dist"].losses[step] for step in compared], abs=1e-4
     )
+
+
+def test_norms_named_as_transformer_engine_does_resume_bitwise(
+    folder: Path, forker: Forker, trained: dict[str, Run]
+) -> None:
+    shutil.copytree(folder / "whole" / f"iter_{SAVED:07d}", folder / "te" / f"iter_{SAVED:07d}")
+    (folder / "te" / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
+    content = state(folder, "te", SAVED)
+    names = {
+        "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+        "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    }
+    model = content["model"]
+    for layer in range(4):
+        for local, theirs in names.items():
+            model[f"decoder.layers.{layer}.{theirs}"] = model.pop(f"decoder.layers.{layer}.{local}")
+    torch.save(content, folder / "te" / f"iter_{SAVED:07d}" / "mp_rank_00" / "model_optim_rng.pt")
+    run = forker.run("te", f"{MODEL} {TRAINING} {DATA} --load te --exit-interval {SAVED + 4}")
+    assert run.code == 0, run.log[-3000:]
+    for step in (SAVED + 3, SAVED + 4):
+        assert run.losses[step] == trained["whole"].losses[step]
+
+
+def test_local_norms_load_into_layers_of_transformer_engine() -> None:
+    from megatron.pruning.strict_loading import _with_norms_named_as_in
+
+    theirs = {f"decoder.layers.{n}.self_attention.linear_qkv.layer_norm_weight": n for n in (0, 11)}
+    theirs |= {f"decoder.layers.{n}.mlp.linear_fc1.layer_norm_weight": n for n in (0, 11)}
+    theirs |= {"decoder.final_layernorm.weight": 1, "decoder.layers.0.mlp.linear_fc1.weight": 2}
+    ours = {
+        name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
+            "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
+        ): value
+        for name, value in theirs.items()
+    }
+    assert ours != theirs
+    assert _with_norms_named_as_in(theirs, ours) == theirs == _with_norms_named_as_in(theirs, theirs)
+    assert _with_norms_named_as_in(ours, theirs) == ours == _with_norms_named_as_in(ours, ours)
+    both = ours | theirs
+    assert _with_norms_named_as_in(ours, both) == both, "a weight too many must stay one"
+
+
+def test_other_schedule_resumes_only_when_it_is_asked_for(
+    folder: Path, forker: Forker, trained: dict[str, Run]
+) -> None:
+    longer = f"{MODEL} {TRAINING} {DATA} --load whole --ckpt-step {SAVED} --train-iters {2 * STEPS}"
+    refused = forker.run("longer", longer)
+    assert refused.code == 1
+    for words in (f"is {4 * STEPS} samples", f"this run's {8 * STEPS} samples", "add --override-opt-param-scheduler"):
+        assert words in refused.error
+    run = forker.run("overridden", f"{longer} --override-opt-param-scheduler --exit-interval {STEPS}")
+    assert run.code == 0, run.log[-3000:]
+    rates = re.findall(r"iteration +(\d+)/.*learning rate: (\S+)", run.log)
+    assert [int(step) for step, _ in rates] == list(range(SAVED + 1, STEPS + 1))
+    cosine = [1e-2 * (1 + math.cos(math.pi * step / (2 * STEPS))) / 2 for step in range(SAVED + 1, STEPS + 1)]
+    assert [float(rate) for _, rate in rates] == pytest.approx(cosine, rel=1e-5)
+    other = forker.run("other_rate", f"{MODEL} {TRAINING} {DATA} --load whole --ckpt-step {SAVED} --lr 2e-2")
+    assert "saved under another --lr" in other.error and not other.losses
+
+
+def test_mistake_of_all_ranks_is_said_once(folder: Path) -> None:
+    run = launched(folder, 2, f"{MODEL} {TRAINING} {DATA} --tensor-model-parallel-size 3")
+    assert run.code == 1
+    assert run.error == (
+        "error: 2 processes were started, which is no multiple of "
+        "--tensor-model-parallel-size 3 x --pipeline-model-parallel-size 1 = 3"
+    )
+    assert "UserWarning" not in run.log
 
 
 def damage(folder: Path, name: str, source: str, change: str) -> None:
@@ -252,7 +335,7 @@ def damage(folder: Path, name: str, source: str, change: str) -> None:
         torch.save(content, path)
 
 
-def test_checkpoint_that_does_not_fit_is_refused_in_one_sentence(
+def test_checkpoint_or_flags_that_do_not_fit_are_refused_in_one_sentence(
     folder: Path, forker: Forker, trained: dict[str, Run]
 ) -> None:
     fc2 = "decoder.layers.1.mlp.linear_fc2.weight"
@@ -275,6 +358,11 @@ def test_checkpoint_that_does_not_fit_is_refused_in_one_sentence(
         "finetune_nothing": f"{base} --load fresh --save fresh",
         "nccl": f"{base} --load dist --distributed-backend nccl",
         "no_heads": f"{base} --load dist --num-attention-heads 3",
+        "warm_up": f"{base} --load dist --lr-warmup-iters {STEPS}",
+        "warm_up_fraction": f"{base} --load dist --lr-warmup-fraction 1.0",
+        "batch": f"{base} --load dist --global-batch-size 3 --eval-global-batch-size 4",
+        "no_flags": f"{MODEL} --micro-batch-size 2",
+        "no_data": f"{MODEL} {TRAINING} --train-data-path absent",
         "dist_optim": f"{base} --load dist --save more --use-distributed-optimizer",
     }
     sentences = {change.replace(" ", "_"): sentence for change, (_, sentence) in damaged.items()} | {
@@ -283,14 +371,19 @@ def test_checkpoint_that_does_not_fit_is_refused_in_one_sentence(
         "nowhere": "--load nowhere holds no checkpoint",
         "finetune_nothing": "--load fresh holds no checkpoint",
         "nccl": "--distributed-backend nccl needs a GPU",
-        "no_heads": "these flags do not go together",
+        "no_heads": "Megatron refuses these flags",
+        "warm_up": f"--lr-warmup-iters {STEPS} must be less than --train-iters {STEPS}",
+        "warm_up_fraction": "--lr-warmup-fraction 1.0 must be less than 1",
+        "batch": "global batch size (3) is not divisible by micro batch size (2)",
+        "no_flags": "these flags must be given: --seq-length --train-iters (or --train-samples) --lr --train-data-path",
+        "no_data": "cannot be found at the path prefix absent",
         "dist_optim": "--use-distributed-optimizer cannot resume without TransformerEngine or apex",
     }
     for name, sentence in sentences.items():
         run = forker.run(name, words[name])
         assert run.code == 1, (name, run.log[-2000:])
         assert sentence in run.error, (name, run.error)
-        assert not run.losses
+        assert not run.losses and "Traceback" not in run.log, name
 
 
 def test_files_beside_the_checkpoint_follow_it_and_its_arguments_are_enough(
@@ -325,4 +418,5 @@ def test_entry_script_stands_the_cpu_in_only_for_itself() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), text=True, capture_output=True)
     assert done.stdout.endswith("as said\n"), done.stderr[-2000:]
+    assert not done.stderr, "the import should be quiet"
     assert not getattr(torch.cuda, "_stands_for_cpu", False), "the tests' own process must keep its device"

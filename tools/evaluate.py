@@ -23,6 +23,7 @@ from megatron.pruning.arguments import hyphenated, run
 from megatron.pruning.checkpoint import Checkpoint
 from megatron.pruning.config import config_to_hf, hf_export_problem
 from megatron.pruning.formats import open_checkpoint
+from megatron.pruning.quiet import quiet_imports
 from megatron.pruning.views import TORCH_NAMES, cast, read_all
 
 
@@ -78,7 +79,8 @@ def windows(prefix: Path, length: int, max_tokens: int, vocabulary: int) -> torc
 
     Raises ValueError when there is no such data, too little of it, or a token that the model does not have.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    with quiet_imports():
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     for suffix in (".bin", ".idx"):
         if not Path(f"{prefix}{suffix}").is_file():

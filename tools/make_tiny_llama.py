@@ -5,8 +5,9 @@
     python tools/make_tiny_llama.py --minutes 2 --save TINY --work RUN   # a rehearsal
 
 The text is Python's own standard library, so that nothing has to be fetched. The tokenizer is SentencePiece BPE with
-byte fallback and gives back every source text unchanged. Training is the stock Megatron loop (pretrain_gpt.py); what is
-made lies under --work, and an interrupted run goes on where it was.
+byte fallback and gives back every source text unchanged; its Hugging Face form differs in that a literal <s> or </s> in
+a text becomes the special token. Training is the stock Megatron loop (pretrain_gpt.py); what is made lies under --work,
+and an interrupted run goes on where it was.
 """
 
 import argparse

@@ -19,19 +19,20 @@ import argparse
 import json
 import multiprocessing
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron.pruning.output import Progress
+from megatron.pruning.quiet import quiet_imports
+
 TOKENIZER_TYPES = (
     "Llama2Tokenizer SentencePieceTokenizer GPTSentencePieceTokenizer HuggingFaceTokenizer GPT2BPETokenizer "
     "TikTokenizer NullTokenizer"
 ).split()
 CHUNK = 16  # lines that a worker takes at a time
-LOG_SECONDS = 10.0  # between progress lines where the output is not a terminal
 
 
 class Line(NamedTuple):
@@ -124,7 +125,8 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
     Raises:
         ValueError: Megatron cannot build it.
     """
-    from megatron.core.tokenizers.utils import build_tokenizer as megatron
+    with quiet_imports():
+        from megatron.core.tokenizers.utils import build_tokenizer as megatron
 
     stock = argparse.Namespace(
         rank=0,
@@ -175,13 +177,14 @@ def write(
     Raises:
         ValueError: a bad line, unless they are to be skipped.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    with quiet_imports():
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builders = [IndexedDatasetBuilder(str(_aside(output, ".bin")), dtype=dtype) for output in outputs]
     documents = tokens = complaints = 0
-    progress = Progress(total_bytes)
+    progress = Progress("tokenizing", total_bytes, show=True)
     for encoded in _encode_all(args, inputs, tokenizer):
-        progress.update(encoded.line_bytes)
+        progress.advance(encoded.line_bytes)
         if encoded.complaint:
             if not args.skip_bad_lines:
                 raise ValueError(f"{encoded.complaint} (--skip-bad-lines leaves such lines out)")
@@ -275,38 +278,6 @@ def _texts(raw: bytes) -> list[str]:
         if not isinstance(record[key], str):
             raise ValueError(f'"{key}" holds {type(record[key]).__name__}, not a string')
     return [record[key] for key in _worker.keys]
-
-
-class Progress:
-    """One bar with rate and time left on a terminal, a line now and then in a log."""
-
-    def __init__(self, total_bytes: int) -> None:
-        from tqdm import tqdm
-
-        self.total, self.done, self.start = total_bytes, 0, time.monotonic()
-        self.reported = self.start
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenizing") if terminal else None
-
-    def update(self, amount: int) -> None:
-        """Counts `amount` more bytes of input."""
-        self.done += amount
-        if self.bar is not None:
-            self.bar.update(amount)
-        elif time.monotonic() - self.reported >= LOG_SECONDS:
-            self.reported = time.monotonic()
-            rate = self.done / (self.reported - self.start)
-            print(
-                f"tokenizing: {self.done / self.total:.0%}, {rate / 1e6:.1f} MB/s, "
-                f"{(self.total - self.done) / rate:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 if __name__ == "__main__":

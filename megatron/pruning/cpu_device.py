@@ -4,7 +4,7 @@ Megatron names the device in four ways: `device="cuda"` given to torch's factori
 the bookkeeping of `torch.cuda` (streams, events, memory, random state), and the names of tensor types. `install()`
 answers each of them with the CPU. It does nothing on a machine where torch sees a GPU, it is called once, at
 import of the entry script and before `megatron.training` is imported (Megatron binds some of these names at import, and
-the checkpoint writer spawns children that import the entry script again), and no other module knows about it.
+the writer of --async-save spawns children that import the entry script again), and no other module knows about it.
 
     from megatron.pruning import cpu_device
     cpu_device.install()

@@ -37,7 +37,7 @@ class Progress:
             self.last_line = time.monotonic()
             rate = self.done / (self.last_line - self.start)
             left = (self.total - self.done) / rate
-            print(f"{self.what}: {self.done / self.total:.0%}, {rate / 1e6:.0f} MB/s, {left:.0f} s left", flush=True)
+            print(f"{self.what}: {self.done / self.total:.0%}, {rate / 1e6:.1f} MB/s, {left:.0f} s left", flush=True)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -1,0 +1,101 @@
+"""Say what a checkpoint is: format, layout, shape, dtype, parameters, files; with --weights, every logical weight.
+
+    python tools/show_checkpoint.py runs/pruned
+    python tools/show_checkpoint.py runs/pruned --weights
+    python tools/show_checkpoint.py assets/tiny-llama --digest
+
+The digest is of the logical weights: the same for the same model in every format and layout, so that a conversion of
+any size can be checked without loading a model. It changes with the dtype.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron.pruning.arguments import run
+from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
+from megatron.pruning.formats import open_checkpoint
+from megatron.pruning.output import Progress
+from megatron.pruning.views import View, blocks, cast
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="show_checkpoint.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of any format")
+    parser.add_argument("--weights", action="store_true", help="list every logical weight: shape, dtype, L2 norm")
+    parser.add_argument("--digest", action="store_true", help="print the digest of all logical weights")
+    return parser.parse_args(argv)
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """Return a few lines about the checkpoint, from its headers alone."""
+    config = checkpoint.config
+    size = sum(path.stat().st_size for path in checkpoint.files)
+    lines = {
+        "format": checkpoint.format + (f", {checkpoint.layout}" if checkpoint.layout else ""),
+        "directory": str(checkpoint.files[0].parent if len(checkpoint.files) == 1 else _common(checkpoint.files)),
+        "files": f"{len(checkpoint.files)}, {size:,} bytes",
+        "dtype": ", ".join(sorted({view.dtype for _, _, view in checkpoint.weights()})),
+        "parameters": f"{config.parameters:,}",
+        "layers": str(config.num_layers),
+        "hidden size": str(config.hidden_size),
+        "ffn hidden size": str(config.ffn_hidden_size),
+        "attention": f"{config.num_attention_heads} heads in {config.num_query_groups} groups, of {config.head_dim}",
+        "vocabulary": f"{config.vocab_size}" + (", tied" if config.tied else ""),
+        "rope": f"theta {config.rope_theta:g}" + (f", {dict(config.rope_scaling)}" if config.rope_scaling else ""),
+        "norm epsilon": f"{config.norm_epsilon:g}",
+        "max positions": str(config.max_position_embeddings),
+        "pruned": f"by {PLAN_FILE}" if (checkpoint.root / PLAN_FILE).is_file() else "no plan beside it",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
+
+
+def _common(paths: Sequence[Path]) -> Path:
+    parents = [set(path.parents) for path in paths]
+    return max(set.intersection(*parents), key=lambda path: len(path.parts))
+
+
+def norm(view: View) -> float:
+    """Return the L2 norm of a weight, summed in double precision."""
+    squares = (np.square(bits.view(np.float32), dtype=np.float64).sum() for _, bits in blocks(cast(view, "fp32")))
+    return float(np.sqrt(sum(squares)))
+
+
+def digest(checkpoint: Checkpoint) -> str:
+    """Return the SHA-256 of all logical weights: name, dtype, shape and bytes, in the order of the forward pass."""
+    total = hashlib.sha256()
+    progress = Progress("reading", checkpoint.nbytes, show=True)
+    for weight, layer, view in checkpoint.weights():
+        total.update(f"{weight.hf_key(layer)} {view.dtype} {view.shape}\n".encode())
+        for _, bits in blocks(view):
+            total.update(memoryview(bits).cast("B"))
+            progress.advance(bits.nbytes)
+    progress.close()
+    return total.hexdigest()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Open, print."""
+    args = parse(argv)
+    checkpoint = open_checkpoint(args.path)
+    print(describe(checkpoint))
+    if args.weights:
+        for weight, layer, view in checkpoint.weights():
+            shape = " x ".join(map(str, view.shape))
+            print(f"{weight.hf_key(layer):50}  {shape:>15}  {view.dtype}  norm {norm(view):.6g}")
+    if args.digest:
+        print(f"digest  {digest(checkpoint)}")
+
+
+if __name__ == "__main__":
+    run(main)
