@@ -21,17 +21,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.pruning.arguments import (
+    add_checkpoint_flags,
     add_layout_flags,
     add_megatron_flags,
     check_model_flags,
     hyphenated,
     layout_from_flags,
     run,
+    say_source,
 )
 from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.choose import random_criterion
 from megatron.pruning.config import hf_export_problem
-from megatron.pruning.formats import FORMATS, open_checkpoint, save_checkpoint
+from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.layout import Layout
 from megatron.pruning.output import check_target, write_durably
 from megatron.pruning.plan import PRUNE_TYPES, Plan, Target, describe, make_plan, resolve_target
@@ -50,12 +52,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    paths = parser.add_argument_group("checkpoints")
-    paths.add_argument("--load", type=Path, required=True, metavar="DIR", help="the parent: Hugging Face or Megatron")
-    paths.add_argument("--save", type=Path, required=True, metavar="DIR", help="where the pruned checkpoint goes")
-    paths.add_argument("--overwrite", action="store_true", help="replace what is at --save")
-    paths.add_argument("--format", choices=FORMATS, default="torch", help="format of --save (default: Megatron torch)")
-    paths.add_argument("--dtype", choices=tuple(BYTES), help="dtype of --save (default: each tensor's own)")
+    add_checkpoint_flags(parser)
     target = parser.add_argument_group("what remains", "left out: unchanged; at least one change is needed")
     target.add_argument("--hidden-size-remain", type=int, metavar="N", help="hidden size")
     target.add_argument("--num-attention-heads-remain", type=int, metavar="N", help="attention (query) heads")
@@ -130,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     if not args.plan_only:
         check_target(args.save, args.overwrite)
-    parent = open_checkpoint(args.load)
+    parent = open_checkpoint(args.load, args.iteration)
     layout = layout_from_flags(args, parent.layout)
     check_model_flags(args, parent.config, layout, args.load)
     plan = decide(args, parent, layout)
@@ -138,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
 
     world = World.from_environment()
     if world.rank == 0:
-        print(f"parent: {parent}")
+        say_source(parent)
         size = pruned.config.parameters * BYTES[args.dtype] if args.dtype else pruned.nbytes
         print(describe(plan, parent.config, pruned.config, parent.nbytes, size), flush=True)
         if problem := hf_export_problem(pruned.config):
@@ -158,6 +155,7 @@ def main(argv: Sequence[str]) -> None:
         format=args.format,
         layout=layout,
         dtype=args.dtype,
+        transformer_impl=args.transformer_impl,
         overwrite=args.overwrite,
         texts={PLAN_FILE: plan_text},
         world=world,

@@ -31,6 +31,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of any format")
+    parser.add_argument("--iteration", type=int, metavar="N", help="of a Megatron checkpoint (default: the latest)")
     parser.add_argument("--weights", action="store_true", help="list every logical weight: shape, dtype, L2 norm")
     parser.add_argument("--digest", action="store_true", help="print the digest of all logical weights")
     return parser.parse_args(argv)
@@ -42,6 +43,8 @@ def describe(checkpoint: Checkpoint) -> str:
     size = sum(path.stat().st_size for path in checkpoint.files)
     lines = {
         "format": checkpoint.format + (f", {checkpoint.layout}" if checkpoint.layout else ""),
+        "layers of": checkpoint.transformer_impl,
+        "optimizer": "yes, never carried on" if checkpoint.has_optimizer else "no",
         "directory": str(checkpoint.files[0].parent if len(checkpoint.files) == 1 else _common(checkpoint.files)),
         "files": f"{len(checkpoint.files)}, {size:,} bytes",
         "dtype": ", ".join(sorted({view.dtype for _, _, view in checkpoint.weights()})),
@@ -87,7 +90,7 @@ def digest(checkpoint: Checkpoint) -> str:
 def main(argv: Sequence[str]) -> None:
     """Open, print."""
     args = parse(argv)
-    checkpoint = open_checkpoint(args.path)
+    checkpoint = open_checkpoint(args.path, args.iteration)
     print(describe(checkpoint))
     if args.weights:
         for weight, layer, view in checkpoint.weights():

@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron.pruning.checkpoint import Checkpoint
 from megatron.pruning.config import LLAMA_ARGS, LlamaConfig
+from megatron.pruning.formats import FORMATS
 from megatron.pruning.layout import Layout
 from megatron.pruning.processes import World
+from megatron.pruning.views import BYTES
 
 _FLAGS_FILE = Path(__file__).with_name("megatron_flags.txt")
 
@@ -68,6 +71,29 @@ def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
         else:
             nargs = {"1": None}.get(arity, int(arity) if arity.isdigit() else arity)
             parser.add_argument(flag, nargs=nargs, help=argparse.SUPPRESS)
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a source and a target checkpoint."""
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--load", type=Path, required=True, metavar="DIR", help="source: Hugging Face or Megatron")
+    group.add_argument("--iteration", type=int, metavar="N", help="of a Megatron source (default: the latest)")
+    group.add_argument("--save", type=Path, required=True, metavar="DIR", help="target")
+    group.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --save")
+    group.add_argument("--format", choices=FORMATS, default="torch", help="of --save (default: Megatron's torch)")
+    group.add_argument("--dtype", choices=tuple(BYTES), help="of --save (default: each tensor's own)")
+    group.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        help="whose layers will load a torch checkpoint: they name the norms differently (default: as the source)",
+    )
+
+
+def say_source(source: Checkpoint) -> None:
+    """Print what the source is, and what of it is left behind."""
+    print(f"source: {source}", flush=True)
+    if source.has_optimizer:
+        print("note: the optimizer state of the source is not carried on: training starts with a fresh one")
 
 
 def add_layout_flags(parser: argparse.ArgumentParser) -> None:

@@ -40,6 +40,8 @@ class Checkpoint(ABC):
     format: str
     layout: Layout | None
     config: LlamaConfig
+    transformer_impl: str = "local"  # whose layers a Megatron `torch` checkpoint was saved from
+    has_optimizer: bool = False  # which is never carried on
     vocab_is_known: bool = True  # False: `config.vocab_size` may count rows of padding
 
     @abstractmethod

@@ -97,12 +97,13 @@ _HF_NAMES = {
 }
 # Settings that would make a model something else than the table's Llama, and the only values it takes.
 _HF_REQUIRED: Mapping[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
+    "model_type": ("llama", "mistral"),
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
+    "sliding_window": (None,),
 }
 
 
@@ -114,7 +115,8 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> LlamaConfig:
     for name, allowed in _HF_REQUIRED.items():
         value = hf.get(name, None if name == "model_type" else allowed[0])
         if value not in allowed:
-            raise ValueError(f"{where}: {name} is {value!r}, but only {allowed[0]!r} is a Llama of this project")
+            known = " or ".join(map(repr, allowed))
+            raise ValueError(f"{where}: {name} is {value!r}, but a dense Llama, which this program is for, has {known}")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{where}: the rope parameters are {rope!r}, not an object")

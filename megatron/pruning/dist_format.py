@@ -29,9 +29,8 @@ from megatron.pruning.dist_file import (
 from megatron.pruning.hf_format import SHARD_BYTES, as_json
 from megatron.pruning.layout import Layout
 from megatron.pruning.megatron_format import (
-    TE_NORMS,
+    TE_NAMES,
     MegatronCheckpoint,
-    find_iteration,
     is_known,
     rank_views,
     side_files,
@@ -44,7 +43,6 @@ from megatron.pruning.views import File, View, cast, concat
 _STACKED = "decoder.layers."
 # What the stock loader wants beside each layer's linear weights.
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-_DIST_NAMES = {local: te for te, local in TE_NORMS.items()}
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "common_state", "opt_param_scheduler")
 
 
@@ -56,11 +54,10 @@ class DistCheckpoint(MegatronCheckpoint):
 
     format = "torch_dist"
 
-    def __init__(self, path: Path) -> None:
-        directory = find_iteration(path)
-        assert directory is not None
+    def __init__(self, path: Path, directory: Path) -> None:
         entries = read_metadata(directory)
         super().__init__(path, directory, _read_args(directory, entries), None)
+        self.has_optimizer = any(name.startswith(("optimizer.", "chained_")) for name in entries)
         self._files: dict[Path, File] = {}
         for name, entry in entries.items():
             if "_extra_state" not in name and not name.startswith(_NOT_WEIGHTS):
@@ -136,7 +133,7 @@ def dist_output(checkpoint: Checkpoint, layout: Layout, dtype: str | None) -> tu
     whole = Layout(vocab_divisor=layout.padded_vocab(config.vocab_size))
     pieces = []
     for (name, layer), view in rank_views(checkpoint, whole, 0, 0).items():
-        full = _DIST_NAMES.get(name, f"{name}.weight")
+        full = TE_NAMES.get(name, f"{name}.weight")
         pieces.append(Piece(full if layer is None else _STACKED + full, layer, cast(view, dtype)))
     none = object_bytes([None])
     layers = config.num_layers

@@ -12,8 +12,10 @@ from megatron.pruning.processes import World
 FORMATS = ("hf", "torch", "torch_dist")
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
     """Open the checkpoint at `path`; its format is detected. Only headers are read.
+
+    `iteration` chooses among those a Megatron directory holds; None takes the one its tracker file names.
 
     Raises ValueError when there is none, or when it is damaged or not a dense Llama.
     """
@@ -21,18 +23,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"--load {path}: no such directory")
     if not path.is_dir():
         raise ValueError(f"--load {path} is a file: name the checkpoint's directory")
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() and iteration is None:
         return HfCheckpoint(path)
     from megatron.pruning.megatron_format import find_iteration
 
-    if (directory := find_iteration(path)) is not None:
+    if (directory := find_iteration(path, iteration)) is not None:
         if (directory / ".metadata").is_file():
             from megatron.pruning.dist_format import DistCheckpoint
 
-            return DistCheckpoint(path)
+            return DistCheckpoint(path, directory)
         from megatron.pruning.torch_format import TorchCheckpoint  # imports torch: a second
 
-        return TorchCheckpoint(path)
+        return TorchCheckpoint(path, directory)
     raise ValueError(
         f"--load {path} is not a checkpoint: it has neither a config.json (Hugging Face) nor a "
         "latest_checkpointed_iteration.txt or mp_rank_* (Megatron)"
@@ -46,13 +48,15 @@ def save_checkpoint(
     format: str,
     layout: Layout | None = None,
     dtype: str | None = None,
+    transformer_impl: str | None = None,
     overwrite: bool = False,
     texts: Mapping[str, bytes] | None = None,
     world: World | None = None,
 ) -> None:
     """Write `checkpoint` to the directory `path`, which appears complete or not at all.
 
-    `layout` is for the Megatron formats; `dtype` None keeps every tensor's own; `texts` are small files to lay beside.
+    `layout` is for the Megatron formats, `transformer_impl` (None: as the source has it) for `torch`; `dtype` None
+    keeps every tensor's own; `texts` are small files to lay beside.
     Raises ValueError, before anything is written, for a layout that does not fit or a `path` not to be replaced.
     """
     source = checkpoint.path.resolve()
@@ -68,7 +72,7 @@ def save_checkpoint(
 
         layout = layout or Layout()
         checkpoint.check_layout(layout)
-        files, own_texts = torch_output(checkpoint, layout, dtype)
+        files, own_texts = torch_output(checkpoint, layout, dtype, transformer_impl or checkpoint.transformer_impl)
     elif format == "torch_dist":
         from megatron.pruning.dist_format import dist_output
 

@@ -31,7 +31,23 @@ TE_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm",
 }
-_LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+TE_NAMES = {local: te for te, local in TE_NORMS.items()}
+# Before Megatron-core a model was nested dictionaries with other names; checkpoint_version 3.0 orders rows as today.
+_OLD_NAMES = {
+    "language_model.embedding.word_embeddings": "embedding.word_embeddings",
+    "language_model.encoder.final_norm": "decoder.final_layernorm",
+    "language_model.encoder.final_layernorm": "decoder.final_layernorm",
+    "language_model.output_layer": "output_layer",
+    "word_embeddings_for_head.word_embeddings": "output_layer",  # the last stage's copy of a tied embedding
+    "input_norm": "input_layernorm",
+    "post_attention_norm": "pre_mlp_layernorm",
+    "post_attention_layernorm": "pre_mlp_layernorm",
+    "self_attention.query_key_value": "self_attention.linear_qkv",
+    "self_attention.dense": "self_attention.linear_proj",
+    "mlp.dense_h_to_4h": "mlp.linear_fc1",
+    "mlp.dense_4h_to_h": "mlp.linear_fc2",
+}
+_LAYER_KEY = re.compile(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.+)")
 
 
 def split_key(key: str) -> tuple[str, int | None]:
@@ -39,12 +55,14 @@ def split_key(key: str) -> tuple[str, int | None]:
     layer = None
     if match := _LAYER_KEY.fullmatch(key):
         layer, key = int(match[1]), match[2]
-    return TE_NORMS.get(key, key.removesuffix(".weight")), layer
+    name = TE_NORMS.get(key, key.removesuffix(".weight"))
+    return _OLD_NAMES.get(name, name), layer
 
 
-def full_key(name: str, layer: int | None) -> str:
-    """Return the key of the weights called `name` in `layer`; the inverse of `split_key` for local names."""
-    return FUSED[name][0].megatron_key(layer)
+def full_key(name: str, layer: int | None, te: bool = False) -> str:
+    """Return the key of the weights called `name` in `layer`, in the local layers' or TransformerEngine's spelling."""
+    key = FUSED[name][0].megatron_key(layer)
+    return key.replace(f"{name}.weight", TE_NAMES[name]) if te and name in TE_NAMES else key
 
 
 def is_known(name: str, layer: int | None) -> bool:
@@ -52,8 +70,17 @@ def is_known(name: str, layer: int | None) -> bool:
     return name in FUSED and FUSED[name][0].per_layer == (layer is not None)
 
 
-def find_iteration(path: Path) -> Path | None:
-    """Return the directory of weights that `path` means: itself, or the one its tracker file names; else None."""
+def find_iteration(path: Path, iteration: int | None = None) -> Path | None:
+    """Return the directory of weights that `path` means: itself, or the one its tracker file names; else None.
+
+    `iteration` names another one than the tracker does. Raises ValueError when that, or the tracker's, is not there.
+    """
+    if iteration is not None:
+        directory = path / f"iter_{iteration:07d}"
+        if not directory.is_dir():
+            saved = ", ".join(sorted(found.name for found in path.glob("iter_*"))) or "none"
+            raise ValueError(f"--iteration {iteration}: {path} has no {directory.name}; saved there: {saved}")
+        return directory
     if (path / TRACKER).is_file():
         latest = (path / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
         if latest != "release" and not latest.isdecimal():

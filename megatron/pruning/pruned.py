@@ -15,7 +15,7 @@ class Pruned(Checkpoint):
     def __init__(self, parent: Checkpoint, plan: Plan) -> None:
         self.parent, self.plan = parent, plan
         self.path, self.root, self.files = parent.path, parent.root, parent.files
-        self.format, self.layout = parent.format, parent.layout
+        self.format, self.layout, self.transformer_impl = parent.format, parent.layout, parent.transformer_impl
         self.config = parent.config.with_sizes(plan.sizes)
 
     def weight(self, weight: Weight, layer: int | None) -> View:

@@ -2,6 +2,7 @@
 
 import re
 from argparse import Namespace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from megatron.pruning.config import config_to_args
 from megatron.pruning.layout import Layout
 from megatron.pruning.megatron_format import (
     MegatronCheckpoint,
-    find_iteration,
     full_key,
     is_known,
     rank_views,
@@ -33,9 +33,7 @@ class TorchCheckpoint(MegatronCheckpoint):
 
     format = "torch"
 
-    def __init__(self, path: Path) -> None:
-        directory = find_iteration(path)
-        assert directory is not None
+    def __init__(self, path: Path, directory: Path) -> None:
         ranks = _rank_files(directory)
         tensor, pipeline = max(t for t, _ in ranks) + 1, max(p for _, p in ranks) + 1
         first = _load_rank(ranks[0, 0])
@@ -45,27 +43,31 @@ class TorchCheckpoint(MegatronCheckpoint):
                 raise ValueError(f"{directory} has rank files for {name} {found}, but its arguments say {said}")
         divisor = getattr(args, "make_vocab_size_divisible_by", None) or 128
         super().__init__(path, directory, args, Layout(tensor, pipeline, divisor))
+        self.has_optimizer = "optimizer" in first or any(directory.glob("mp_rank_*/distrib_optim.pt"))
         for t in range(tensor):
+            contents = [first if (t, p) == (0, 0) else _load_rank(ranks[t, p]) for p in range(pipeline)]
+            chunks = [_chunks(ranks[t, p], content) for p, content in enumerate(contents)]
             first_layer = 0
-            for p in range(pipeline):
-                content = first if (t, p) == (0, 0) else _load_rank(ranks[t, p])
-                first_layer += self._collect(ranks[t, p], content, first_layer)
+            # Virtual pipelines deal their chunks out in rounds: chunk 0 of every stage, then chunk 1, ...
+            for v in range(max(map(len, chunks))):
+                for p in range(pipeline):
+                    if v >= len(chunks[p]):
+                        raise ValueError(f"{ranks[t, p]} has {len(chunks[p])} model chunks, another stage has more")
+                    first_layer += self._collect(ranks[t, p], chunks[p][v], first_layer)
         self.files = list(ranks.values())
         self.check()
 
-    def _collect(self, path: Path, content: dict[str, Any], first_layer: int) -> int:
-        """Note every weight of one rank file, and return how many layers it holds."""
-        model = content.get("model")
-        if not isinstance(model, dict):
-            what = "is of a virtual pipeline (model0, model1, ...)" if "model0" in content else "has no 'model'"
-            raise ValueError(f"{path} {what}: not a layout that is read")
+    def _collect(self, path: Path, model: dict[str, Any], first_layer: int) -> int:
+        """Note every weight of one model chunk of a rank file, and return how many layers it holds."""
         file, layers = File(path), set()
         for key, value in model.items():
-            if str(key).endswith("_extra_state") or (self.config.tied and key == "output_layer.weight"):
+            name, layer = split_key(key)
+            if key.endswith("_extra_state") or (self.config.tied and name == "output_layer"):
                 continue
-            name, layer = split_key(str(key))
             if not is_known(name, layer):
                 raise ValueError(f"{path} holds an unexpected tensor: {key}")
+            if key.endswith(".layer_norm_weight"):
+                self.transformer_impl = "transformer_engine"
             if layer is not None:
                 layers.add(layer)
                 layer += first_layer
@@ -73,6 +75,23 @@ class TorchCheckpoint(MegatronCheckpoint):
         if layers != set(range(len(layers))):
             raise ValueError(f"{path} holds layers {sorted(layers)}: some are missing")
         return len(layers)
+
+
+def _chunks(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the model chunks of a rank file (one, or several of a virtual pipeline), each by flat keys."""
+    names = ["model"] if "model" in content else sorted(key for key in content if re.fullmatch(r"model\d+", str(key)))
+    chunks = [content.get(name) for name in names]
+    if not chunks or not all(isinstance(chunk, dict) for chunk in chunks):
+        raise ValueError(f"{path} has no 'model'")
+    return [dict(_flat(chunk)) for chunk in chunks if chunk is not None]
+
+
+def _flat(nested: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _rank_files(directory: Path) -> dict[tuple[int, int], Path]:
@@ -106,16 +125,20 @@ def _load_rank(path: Path) -> dict[str, Any]:
 
 
 def torch_output(
-    checkpoint: Checkpoint, layout: Layout, dtype: str | None
+    checkpoint: Checkpoint, layout: Layout, dtype: str | None, transformer_impl: str
 ) -> tuple[list[OutputFile], dict[str, bytes]]:
-    """Return the rank files and the small files of `checkpoint` in the format `torch`, under `release/`."""
+    """Return the rank files and the small files of `checkpoint` in the format `torch`, under `release/`.
+
+    `transformer_impl` says whose layers are to load it, `local` or `transformer_engine`: they name norms differently.
+    """
+    te = transformer_impl == "transformer_engine"
     header = {"args": config_to_args(checkpoint.config, layout), "checkpoint_version": 3.0, "iteration": 0}
     files: list[OutputFile] = []
     for p in range(layout.pipeline):
         first_layer = layout.layers_of_stage(checkpoint.config.num_layers, p).start
         for t in range(layout.tensor):
             views = {
-                full_key(name, None if layer is None else layer - first_layer): cast(view, dtype)
+                full_key(name, None if layer is None else layer - first_layer, te): cast(view, dtype)
                 for (name, layer), view in rank_views(checkpoint, layout, t, p).items()
             }
             files.append(TorchFile(f"release/{_rank_name(t, p, layout.pipeline)}", views, header))

@@ -16,15 +16,20 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from megatron.pruning.arguments import add_layout_flags, hyphenated, layout_from_flags, run
+from megatron.pruning.arguments import (
+    add_checkpoint_flags,
+    add_layout_flags,
+    hyphenated,
+    layout_from_flags,
+    run,
+    say_source,
+)
 from megatron.pruning.checkpoint import Checkpoint
 from megatron.pruning.config import LlamaConfig
-from megatron.pruning.formats import FORMATS, open_checkpoint, save_checkpoint
+from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.output import check_target
 from megatron.pruning.processes import World
-from megatron.pruning.views import BYTES
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -35,11 +40,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="checkpoint: Hugging Face or Megatron")
-    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="where the converted checkpoint goes")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --save")
-    parser.add_argument("--format", choices=FORMATS, default="torch", help="format of --save (default: Megatron torch)")
-    parser.add_argument("--dtype", choices=tuple(BYTES), help="dtype of --save (default: each tensor's own)")
+    add_checkpoint_flags(parser)
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="without padding, where a Megatron source does not say"
     )
@@ -60,13 +61,13 @@ def main(argv: Sequence[str]) -> None:
     """Open, save."""
     args = parse(argv)
     check_target(args.save, args.overwrite)
-    source = open_checkpoint(args.load)
+    source = open_checkpoint(args.load, args.iteration)
     if args.vocab_size is not None:
         source.config = with_vocabulary(source, args.vocab_size)
     layout = layout_from_flags(args, source.layout)
     world = World.from_environment()
     if world.rank == 0:
-        print(f"source: {source}", flush=True)
+        say_source(source)
         if args.vocab_size is None and not source.vocab_is_known:
             print(
                 f"warning: the source does not say its vocabulary: all {source.config.vocab_size} rows are kept, "
@@ -74,7 +75,14 @@ def main(argv: Sequence[str]) -> None:
                 file=sys.stderr,
             )
     save_checkpoint(
-        source, args.save, format=args.format, layout=layout, dtype=args.dtype, overwrite=args.overwrite, world=world
+        source,
+        args.save,
+        format=args.format,
+        layout=layout,
+        dtype=args.dtype,
+        transformer_impl=args.transformer_impl,
+        overwrite=args.overwrite,
+        world=world,
     )
     if world.rank == 0:
         print(f"saved: {args.save} ({args.format}{f' {layout}' if args.format != 'hf' else ''})")

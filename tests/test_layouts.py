@@ -1,0 +1,281 @@
+"""What clusters have on disk: virtual and uneven pipelines, both spellings of norms, older names, iterations."""
+
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import convert as converter
+import pytest
+import show_checkpoint
+import torch
+from conftest import ROOT, SHAPES, make_llama, tensors
+from safetensors.torch import load_file, save_file
+from test_conversion import convert
+
+from megatron.pruning.config import config_from_hf, config_to_args, config_to_hf
+from megatron.pruning.formats import open_checkpoint, save_checkpoint
+from megatron.pruning.layout import Layout
+
+Content = dict[str, Any]
+
+
+def load(path: Path, rank: str) -> Content:
+    """Return the content of a rank file."""
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(path / "release" / rank / "model_optim_rng.pt", weights_only=True)
+
+
+def save(path: Path, rank: str, content: Content) -> None:
+    """Write a rank file."""
+    (path / "release" / rank).mkdir(parents=True)
+    torch.save(content, path / "release" / rank / "model_optim_rng.pt")
+
+
+def part(model: Content, layers: list[int], first: bool, last: bool) -> Content:
+    """Return some layers of a model of one rank, numbered from 0, with the weights before and after them."""
+    out = {k: v for k, v in model.items() if (first and "embedding" in k) or (last and ("final" in k or "output" in k))}
+    for new, old in enumerate(layers):
+        for key, value in model.items():
+            if key.startswith(f"decoder.layers.{old}."):
+                out[key.replace(f".{old}.", f".{new}.", 1)] = value
+    return out
+
+
+def virtual_pipeline(path: Path, tensor: int) -> None:
+    """Re-cut tp2 pp1 into two stages of two chunks each: stage 0 has layers 0 and 2, stage 1 has 1 and 3."""
+    content = load(path, f"mp_rank_{tensor:02d}")
+    shutil.rmtree(path / f"release/mp_rank_{tensor:02d}")
+    model = content.pop("model")
+    content["args"].pipeline_model_parallel_size = 2
+    for stage in (0, 1):
+        chunks = {
+            "model0": part(model, [stage], first=stage == 0, last=False),
+            "model1": part(model, [stage + 2], first=False, last=stage == 1),
+        }
+        save(path, f"mp_rank_{tensor:02d}_{stage:03d}", content | chunks)
+
+
+def uneven_pipeline(path: Path, tensor: int) -> None:
+    """Re-cut tp2 pp1 into a stage of one layer and a stage of three."""
+    content = load(path, f"mp_rank_{tensor:02d}")
+    shutil.rmtree(path / f"release/mp_rank_{tensor:02d}")
+    model = content.pop("model")
+    content["args"].pipeline_model_parallel_size = 2
+    content["args"].decoder_first_pipeline_num_layers = 1
+    for stage, layers in ((0, [0]), (1, [1, 2, 3])):
+        chunk = part(model, layers, first=stage == 0, last=stage == 1)
+        save(path, f"mp_rank_{tensor:02d}_{stage:03d}", content | {"model": chunk})
+
+
+def older_names(path: Path, tensor: int) -> None:
+    """Rename to the nested dictionaries of the time before Megatron-core, with its rotary buffer."""
+    content = load(path, f"mp_rank_{tensor:02d}")
+    shutil.rmtree(path / f"release/mp_rank_{tensor:02d}")
+    names = {
+        "pre_mlp_layernorm": "post_attention_norm", "input_layernorm": "input_norm", "linear_qkv": "query_key_value",
+        "linear_proj": "dense", "linear_fc1": "dense_h_to_4h", "linear_fc2": "dense_4h_to_h",
+    }  # fmt: skip
+    encoder, model = {}, content["model"]
+    for key, value in model.items():
+        if key.startswith("decoder.layers."):
+            for new, old in names.items():
+                key = key.replace(new, old)
+            encoder[key.removeprefix("decoder.")] = value
+    encoder["final_norm.weight"] = model["decoder.final_layernorm.weight"]
+    embedding = {"word_embeddings": {"weight": model["embedding.word_embeddings.weight"]}}
+    language_model = {"embedding": embedding, "encoder": encoder}
+    if "output_layer.weight" in model:
+        language_model["output_layer"] = {"weight": model["output_layer.weight"]}
+    content["model"] = {"language_model": language_model}
+    content["args"].add_position_embedding = False
+    del content["args"].position_embedding_type
+    save(path, f"mp_rank_{tensor:02d}", content)
+
+
+@pytest.mark.parametrize("shape", ["gqa", "tied"])
+@pytest.mark.parametrize("recut", [virtual_pipeline, uneven_pipeline, older_names])
+def test_every_cluster_layout_is_read(tmp_path: Path, shape: str, recut: Callable[[Path, int], None]) -> None:
+    source = make_llama(tmp_path / "hf", shape)
+    shards = convert(source, tmp_path / "m", tensor=2)
+    for tensor in (0, 1):
+        recut(shards, tensor)
+    wanted, found = tensors(source), tensors(convert(shards, tmp_path / "out", format="hf"))
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_norms_are_written_and_read_in_either_spelling(tmp_path: Path, shape: str) -> None:
+    source = make_llama(tmp_path / "hf", shape)
+    te = convert(source, tmp_path / "te", tensor=2, transformer_impl="transformer_engine")
+    names = {key.replace("decoder.layers.1.", "") for key in load(te, "mp_rank_01")["model"] if ".layers.1." in key}
+    assert names == {
+        "self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_qkv.weight",
+        "self_attention.linear_proj.weight", "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight",
+        "mlp.linear_fc2.weight",
+    }  # fmt: skip
+    assert open_checkpoint(te).transformer_impl == "transformer_engine"
+    again = convert(te, tmp_path / "again", tensor=4)  # keeps the spelling of its source
+    assert "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in load(again, "mp_rank_00")["model"]
+    local = convert(again, tmp_path / "local", tensor=2, transformer_impl="local")
+    wanted, found = tensors(source), tensors(convert(local, tmp_path / "out", format="hf"))
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_an_iteration_can_be_named(gqa: Path, tmp_path: Path) -> None:
+    run = convert(gqa, tmp_path / "run", tensor=2)
+    other = convert(make_llama(tmp_path / "other", vocab=101, layers=2), tmp_path / "o", tensor=2)
+    (run / "release").rename(run / "iter_0000010")
+    shutil.copytree(other / "release", run / "iter_0000020")
+    (run / "latest_checkpointed_iteration.txt").write_text("20")
+    assert open_checkpoint(run).config.num_layers == 2
+    assert open_checkpoint(run, iteration=10).config.num_layers == 4
+    assert open_checkpoint(run / "iter_0000010").config.num_layers == 4
+    with pytest.raises(ValueError, match=r"has no iter_0000030; saved there: iter_0000010, iter_0000020"):
+        open_checkpoint(run, iteration=30)
+
+
+def test_optimizer_state_is_dropped_and_said(gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = convert(gqa, tmp_path / "m")
+    content = load(shards, "mp_rank_00")
+    shutil.rmtree(shards / "release")
+    save(shards, "mp_rank_00", content | {"optimizer": {"state": {0: {"exp_avg": torch.ones(7)}}}})
+    converter.main(["--load", str(shards), "--save", str(tmp_path / "out"), "--format", "torch_dist"])
+    assert "optimizer state of the source is not carried on" in capsys.readouterr().out
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+# config.json as published: hidden, ffn, layers, heads, key/value heads, vocabulary, epsilon, theta, positions.
+FAMILIES = {
+    "Llama 1 7B": ((4096, 11008, 32, 32, None, 32000, 1e-6, None, 2048), LLAMA, 6738415616),
+    "Llama 2 13B": ((5120, 13824, 40, 40, 40, 32000, 1e-5, None, 4096), LLAMA, 13015864320),
+    "Llama 2 70B": ((8192, 28672, 80, 64, 8, 32000, 1e-5, None, 4096), LLAMA, 68976648192),
+    "CodeLlama 7B": ((4096, 11008, 32, 32, 32, 32016, 1e-5, 1000000, 16384), LLAMA, 6738546688),
+    "TinyLlama": ((2048, 5632, 22, 32, 4, 32000, 1e-5, 10000.0, 2048), LLAMA, 1100048384),
+    "Llama 3 8B": ((4096, 14336, 32, 32, 8, 128256, 1e-5, 500000.0, 8192), LLAMA, 8030261248),
+    "Llama 3.1 8B": (
+        (4096, 14336, 32, 32, 8, 128256, 1e-5, 500000.0, 131072),
+        LLAMA | {"rope_scaling": LLAMA3_ROPE | {"factor": 8.0}}, 8030261248,
+    ),
+    "Llama 3.2 1B": (
+        (2048, 8192, 16, 32, 8, 128256, 1e-5, 500000.0, 131072),
+        LLAMA | {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True, "head_dim": 64},
+        1235814400,
+    ),
+    "Mistral 7B v0.3": (
+        (4096, 14336, 32, 32, 8, 32768, 1e-5, 1000000.0, 32768),
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}, 7248023552,
+    ),
+    "Yi 6B": ((4096, 11008, 32, 32, 4, 64000, 1e-5, 5000000.0, 4096), LLAMA, 6061035520),
+    "Vicuna 7B": ((4096, 11008, 32, 32, 32, 32000, 1e-5, None, 4096), LLAMA, 6738415616),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_published_configs_map_to_megatron_and_back(family: str) -> None:
+    (hidden, ffn, layers, heads, groups, vocab, epsilon, theta, positions), rest, parameters = FAMILIES[family]
+    published = {
+        **rest, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "rms_norm_eps": epsilon,
+        "num_attention_heads": heads, "num_key_value_heads": groups, "vocab_size": vocab, "rope_theta": theta,
+        "max_position_embeddings": positions, "torch_dtype": "bfloat16", "bos_token_id": 1,
+    }  # fmt: skip
+    published = {key: value for key, value in published.items() if value is not None or key == "sliding_window"}
+    config = config_from_hf(published, family)
+    assert config.parameters == parameters
+    args = config_to_args(config, Layout(4))
+    assert (args.hidden_size, args.ffn_hidden_size, args.num_layers) == (hidden, ffn, layers)
+    assert (args.num_attention_heads, args.num_query_groups) == (heads, groups or heads)
+    assert args.group_query_attention == (groups not in (None, heads))
+    assert args.rotary_base == (theta or 10000) and args.norm_epsilon == args.layernorm_epsilon == epsilon
+    assert args.untie_embeddings_and_output_weights != rest.get("tie_word_embeddings", False)
+    assert args.use_rope_scaling == ("rope_scaling" in rest) and args.padded_vocab_size % 512 == 0
+    written = config_to_hf(config, "bf16")
+    assert {key: written[key] for key in published} == published
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"model_type": "mistral", "sliding_window": 4096}, r"sliding_window is 4096, but a dense Llama.* has None"),
+        ({"model_type": "mixtral"}, r"model_type is 'mixtral', but .* has 'llama' or 'mistral'"),
+        ({"model_type": "qwen2"}, r"model_type is 'qwen2'"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config is"),
+    ],
+)
+def test_what_is_no_llama_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    base = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(ValueError, match=message):
+        config_from_hf({**base, "vocab_size": 100, **change}, "config.json")
+
+
+def test_a_process_that_fails_fails_the_run_and_leaves_no_checkpoint(gqa: Path, tmp_path: Path) -> None:
+    shutil.copytree(gqa, tmp_path / "hf")
+    state = load_file(gqa / "model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"][-1] = 1e6  # on tensor rank 1 alone, whose file process 1 writes
+    save_file(state, tmp_path / "hf/model.safetensors")
+    command = [str(ROOT / "tools/checkpoint_conversion/convert.py"), "--load", str(tmp_path / "hf")]
+    command += ["--save", str(tmp_path / "out"), "--tensor-model-parallel-size", "2", "--dtype", "fp16"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launch, env=environment, text=True, capture_output=True, timeout=120)
+    assert done.returncode != 0
+    assert "[rank 1] error: a weight of magnitude 1e+06 does not fit fp16" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def matrix(tmp_path: Path) -> str:
+    """Convert one model from everything that is read to everything that is written; return the table of what held."""
+    hf = make_llama(tmp_path / "hf", "gqa", dtype=torch.bfloat16)
+    sources = {"Hugging Face, one file": hf}
+    sources["Hugging Face, shards"] = make_llama(tmp_path / "hfs", "gqa", dtype=torch.bfloat16, max_shard_size="40KB")
+    for tensor, pipeline in ((1, 1), (4, 1), (2, 2)):
+        name = f"`torch` tp{tensor} pp{pipeline}"
+        sources[name] = convert(hf, tmp_path / f"s{tensor}{pipeline}", tensor=tensor, pipeline=pipeline)
+    te = convert(hf, tmp_path / "ste", tensor=2, transformer_impl="transformer_engine")
+    sources["`torch` tp2, TransformerEngine names"] = te
+    for recut, name in ((virtual_pipeline, "virtual pipeline"), (uneven_pipeline, "uneven pipeline"),
+                        (older_names, "names before Megatron-core")):  # fmt: skip
+        path = convert(hf, tmp_path / recut.__name__, tensor=2)
+        for tensor in (0, 1):
+            recut(path, tensor)
+        sources[f"`torch` tp2, {name}"] = path
+    sources["`torch_dist`"] = convert(hf, tmp_path / "sd", format="torch_dist")
+    targets: dict[str, dict[str, Any]] = {
+        "Hugging Face": {"format": "hf"},
+        "`torch` tp1 pp1": {},
+        "`torch` tp4 pp1": {"tensor": 4},
+        "`torch` tp2 pp2": {"tensor": 2, "pipeline": 2},
+        "`torch` tp2, TE names": {"tensor": 2, "transformer_impl": "transformer_engine"},
+        "`torch_dist`": {"format": "torch_dist"},
+    }
+    wanted = show_checkpoint.digest(open_checkpoint(hf))
+    lines = [f"| from \\ to | {' | '.join(targets)} |", "|---" * (len(targets) + 1) + "|"]
+    for i, (name, source) in enumerate(sources.items()):
+        cells = []
+        for j, options in enumerate(targets.values()):
+            target = convert(source, tmp_path / f"t{i}-{j}", **options)
+            cells.append("✓" if show_checkpoint.digest(open_checkpoint(target)) == wanted else "✗")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_matrix_of_the_readme_is_what_was_converted(tmp_path: Path) -> None:
+    table = matrix(tmp_path)
+    assert "✗" not in table
+    for readme in ("README.md", "README_EN.md"):
+        assert table in (ROOT / readme).read_text(encoding="utf-8"), f"{readme} should hold:\n{table}"
+
+
+def test_file_written_twice_is_the_same(gqa: Path, tmp_path: Path) -> None:
+    for format in ("hf", "torch", "torch_dist"):
+        for name in ("a", "b"):
+            save_checkpoint(open_checkpoint(gqa), tmp_path / format / name, format=format)
+        a, b = (sorted((tmp_path / format / name).rglob("*")) for name in ("a", "b"))
+        assert [path.read_bytes() for path in a if path.is_file()] == [p.read_bytes() for p in b if p.is_file()]
