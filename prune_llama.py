@@ -27,6 +27,7 @@ from megatron.pruning.arguments import (
     check_model_flags,
     hyphenated,
     layout_from_flags,
+    new_parser,
     run,
     say_source,
 )
@@ -46,12 +47,7 @@ SEED = 1234
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="prune_llama.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("prune_llama.py", __doc__)
     add_checkpoint_flags(parser)
     target = parser.add_argument_group("what remains", "left out: unchanged; at least one change is needed")
     target.add_argument("--hidden-size-remain", type=int, metavar="N", help="hidden size")

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron.pruning.arguments import hyphenated, run
+from megatron.pruning.arguments import hyphenated, new_parser, run
 from megatron.pruning.checkpoint import Checkpoint
 from megatron.pruning.config import config_to_hf, hf_export_problem
 from megatron.pruning.formats import open_checkpoint
@@ -29,12 +29,7 @@ from megatron.pruning.views import TORCH_NAMES, cast, read_all
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("evaluate.py", __doc__)
     gpu = torch.cuda.is_available()
     parser.add_argument("--load", type=Path, action="append", required=True, metavar="DIR", help="may be repeated")
     parser.add_argument("--data", type=Path, required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx")

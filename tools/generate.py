@@ -10,17 +10,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron.pruning.arguments import hyphenated, run
+from megatron.pruning.arguments import hyphenated, new_parser, run
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="generate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("generate.py", __doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint")
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="a prompt (default 64)")

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron.pruning.arguments import hyphenated, run
+from megatron.pruning.arguments import hyphenated, new_parser, run
 
 # Megatron's tags: by iteration, and by sample (for the number of tokens).
 TRAIN, VALIDATION = "lm loss", "lm loss validation"
@@ -26,12 +26,7 @@ PER_SAMPLE = " vs samples"
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="plot_loss.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("plot_loss.py", __doc__)
     parser.add_argument("--run", action="append", required=True, type=named, metavar="NAME=DIR", help="may be repeated")
     parser.add_argument("--line", action="append", default=[], type=level, metavar="NAME=LOSS", help="may be repeated")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens a sample: count tokens on the x axis")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.pruning.arguments import run
+from megatron.pruning.arguments import new_parser, run
 from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.output import Progress
@@ -24,12 +24,7 @@ from megatron.pruning.views import View, blocks, cast
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="show_checkpoint.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("show_checkpoint.py", __doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of any format")
     parser.add_argument("--iteration", type=int, metavar="N", help="of a Megatron checkpoint (default: the latest)")
     parser.add_argument("--weights", action="store_true", help="list every logical weight: shape, dtype, L2 norm")

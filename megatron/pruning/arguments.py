@@ -44,6 +44,13 @@ def _end(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def new_parser(prog: str, doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with a script's docstring and that takes no abbreviated flag."""
+    return argparse.ArgumentParser(
+        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
 def hyphenated(argv: Sequence[str]) -> list[str]:
     """Return `argv` with the flags' underscores turned into hyphens, so that both spellings work; values stay."""
     return [_hyphenated_flag(word) if word.startswith("--") else word for word in argv]

@@ -22,6 +22,7 @@ from megatron.pruning.arguments import (
     add_layout_flags,
     hyphenated,
     layout_from_flags,
+    new_parser,
     run,
     say_source,
 )
@@ -34,12 +35,7 @@ from megatron.pruning.processes import World
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="convert.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("convert.py", __doc__)
     add_checkpoint_flags(parser)
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="without padding, where a Megatron source does not say"
