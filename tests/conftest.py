@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,6 +32,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "tie_word_embeddings": True,
+    },
+    "qwen2": {
+        "model_type": "qwen2",
+        "hidden_size": 40,
+        "intermediate_size": 56,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 6,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "hidden_size": 44,
+        "intermediate_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
     },
     "llama3": {
         "hidden_size": 64,
@@ -61,10 +77,9 @@ def make_llama(
 ) -> Path:
     """Save a random Llama, its norms' gains random too, as Hugging Face does it."""
     torch.manual_seed(len(shape) + layers)
-    config = LlamaConfig(
-        num_hidden_layers=layers, vocab_size=vocab, max_position_embeddings=64, rms_norm_eps=1e-4, **SHAPES[shape]
-    )
-    model = LlamaForCausalLM(config)
+    fields = {"model_type": "llama", "max_position_embeddings": 64, "rms_norm_eps": 1e-4} | SHAPES[shape]
+    config = AutoConfig.for_model(num_hidden_layers=layers, vocab_size=vocab, **fields)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             gain = 1.0 if "norm" in name else 0.0
@@ -79,8 +94,8 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def hf_logits(path: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return LlamaForCausalLM's logits, [batch, sequence, vocabulary]."""
-    model = LlamaForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+    """Return the model's logits, [batch, sequence, vocabulary]."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
     with torch.no_grad():
         return model(tokens).logits
 

@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import evaluate
 import pytest
 import show_checkpoint
 import torch
@@ -147,6 +148,14 @@ def test_stock_gpt_model_computes_what_hugging_face_computes(
     stock_differences: dict[str, float], shape: str, tensor: int, pipeline: int
 ) -> None:
     assert stock_differences[f"{shape} {tensor} {pipeline}"] < 1e-5
+
+
+def test_evaluation_computes_the_exported_model_without_an_export(llama: Path, tmp_path: Path) -> None:
+    shards = convert(llama, tmp_path / "m", tensor=2, pipeline=2)
+    tokens = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        logits = evaluate.build(open_checkpoint(shards), "fp32", "cpu")(tokens).logits
+    assert torch.allclose(logits, hf_logits(llama, tokens), atol=1e-5)
 
 
 def test_sharded_safetensors_in_and_out(tmp_path: Path) -> None:

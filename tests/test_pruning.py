@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, SHAPES, hf_logits, make_llama, tensors
 from test_conversion import convert, same_tree
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import prune_llama
 from megatron.pruning.choose import best, random_criterion
@@ -26,6 +26,8 @@ WIDTHS = {  # what remains of each shape of conftest.py: every axis but the hidd
     "mha": ["--num-attention-heads-remain=2", "--ffn-hidden-size-remain=40"],
     "gqa": ["--num-attention-heads-remain=4", "--ffn-hidden-size-remain=52"],
     "tied": ["--num_attention_heads_remain", "2", "--ffn_hidden_size_remain", "20"],
+    "qwen2": ["--num-attention-heads-remain=4", "--ffn-hidden-size-remain=40"],
+    "qwen3": ["--num-attention-heads-remain=4", "--num-query-groups-remain=2", "--ffn-hidden-size-remain=44"],
     "llama3": ["--num-attention-heads-remain=4", "--num-query-groups-remain=2", "--ffn-hidden-size-remain=60"],
 }
 
@@ -54,6 +56,10 @@ def sliced(state: dict[str, torch.Tensor], plan: Plan, head_dim: int) -> dict[st
             "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn),
         }.items():  # fmt: skip
             out[f"model.layers.{new}.{name}.weight"] = state[f"model.layers.{old}.{name}.weight"][first][:, second]
+        vectors = {"q_proj.bias": heads, "k_proj.bias": groups, "v_proj.bias": groups}
+        for name, kept in {**vectors, "q_norm.weight": slice(None), "k_norm.weight": slice(None)}.items():
+            if (key := f"model.layers.{old}.self_attn.{name}") in state:
+                out[f"model.layers.{new}.self_attn.{name}"] = state[key][kept]
         for name in ("input_layernorm", "post_attention_layernorm"):
             out[f"model.layers.{new}.{name}.weight"] = state[f"model.layers.{old}.{name}.weight"][hidden]
     out["model.norm.weight"] = state["model.norm.weight"][hidden]
@@ -70,7 +76,7 @@ def test_every_weight_keeps_exactly_the_chosen_coordinates(tmp_path: Path, shape
     pruned = prune(source, tmp_path / "pruned", *flags)
     plan = plan_of(pruned)
     assert len(plan.hidden) == 24 and plan.layers.tolist() == [0, 2, 3]
-    head_dim = LlamaForCausalLM.from_pretrained(source).config.head_dim
+    head_dim = AutoModelForCausalLM.from_pretrained(source).config.head_dim
     wanted, found = sliced(tensors(source), plan, head_dim), tensors(pruned)
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)
@@ -81,7 +87,7 @@ def test_pruned_model_equals_masked_parent(tmp_path: Path, shape: str) -> None:
     source = make_llama(tmp_path / "hf", shape)
     pruned = prune(source, tmp_path / "pruned", *WIDTHS[shape], "--drop-layers=0,2", "--format=hf")
     plan, tokens = plan_of(pruned), torch.randint(0, 101, (2, 30), generator=torch.Generator().manual_seed(1))
-    parent = LlamaForCausalLM.from_pretrained(source, dtype=torch.float64, attn_implementation="eager").eval()
+    parent = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64, attn_implementation="eager").eval()
     parent.config.use_cache = False
     kept = [parent.model.layers[layer] for layer in plan.layers]
     with torch.no_grad():
@@ -237,6 +243,7 @@ def test_ranges_round_trip() -> None:
 
 def test_table_splits_each_weight_along_at_most_one_dim() -> None:
     assert {weight.name: split_dim(weight) for weight in TABLE} == {
-        "embed": 0, "attn_norm": None, "q": 0, "k": 0, "v": 0, "o": 1, "mlp_norm": None, "gate": 0, "up": 0, "down": 1,
+        "embed": 0, "attn_norm": None, "q": 0, "k": 0, "v": 0, "q_bias": 0, "k_bias": 0, "v_bias": 0,
+        "q_norm": None, "k_norm": None, "o": 1, "mlp_norm": None, "gate": 0, "up": 0, "down": 1,
         "final_norm": None, "lm_head": 0,
     }  # fmt: skip

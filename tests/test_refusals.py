@@ -55,6 +55,7 @@ from megatron.pruning.views import File, Stored
         ("--drop-layers 1 --norm-epsilon 1e-5", r"--norm-epsilon 1e-5 disagrees with .* has 0.0001"),
         ("--drop-layers 1 --normalization LayerNorm", r"--normalization LayerNorm disagrees"),
         ("--drop-layers 1 --add-qkv-bias", r"--add-qkv-bias disagrees"),
+        ("--drop-layers 1 --qk-layernorm", r"--qk-layernorm disagrees"),
         ("--drop-layers 1 --use-rope-scaling", r"--use-rope-scaling disagrees"),
         ("--drop-layers 1 --rotary-percent 0.5", r"--rotary-percent 0.5 disagrees with .* has 1.0"),
         ("--drop-layers 1 --num-experts 8", r"--num-experts 8 disagrees with .* has None"),

@@ -3,7 +3,7 @@
     python tools/evaluate.py --load assets/tiny-llama --load runs/pruned --load runs/recovered --data runs/data/valid
 
 The loss is the mean cross entropy in nats over all tokens of consecutive, full windows, computed by transformers'
-LlamaForCausalLM from the logical weights: no conversion is needed first. The training loop's own figures are a little
+own model from the logical weights: no conversion is needed first. The training loop's own figures are a little
 higher where its vocabulary is padded, since the padding takes part in its softmax.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron.pruning.arguments import hyphenated, new_parser, run
 from megatron.pruning.checkpoint import Checkpoint
@@ -51,13 +51,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def build(checkpoint: Checkpoint, dtype: str, device: str) -> LlamaForCausalLM:
+def build(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
     """Return the checkpoint as a transformers model in eval mode. Raises ValueError for what transformers has not."""
     if problem := hf_export_problem(checkpoint.config):
         raise ValueError(f"{checkpoint.path}: {problem}")
-    config = LlamaConfig(**config_to_hf(checkpoint.config, dtype))
+    config = AutoConfig.for_model(**config_to_hf(checkpoint.config, dtype))
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     state = {}
     for weight, layer, view in checkpoint.weights():
         bits = torch.from_numpy(read_all(cast(view, dtype)))
@@ -100,7 +100,7 @@ def windows(prefix: Path, length: int, max_tokens: int, vocabulary: int) -> torc
 
 
 @torch.no_grad()
-def loss(model: LlamaForCausalLM, data: torch.Tensor, batch: int, name: str) -> float:
+def loss(model: PreTrainedModel, data: torch.Tensor, batch: int, name: str) -> float:
     """Return the mean cross entropy in nats over every token but the first of each window."""
     total = 0.0
     for part in tqdm(data.split(batch), desc=name, leave=False, disable=not sys.stderr.isatty()):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.pruning.checkpoint import Checkpoint
-from megatron.pruning.config import LLAMA_ARGS, LlamaConfig
+from megatron.pruning.config import FEATURE_ARGS, LLAMA_ARGS, LlamaConfig
 from megatron.pruning.formats import FORMATS
 from megatron.pruning.layout import Layout
 from megatron.pruning.processes import World
@@ -145,6 +145,7 @@ def check_model_flags(args: argparse.Namespace, config: LlamaConfig, layout: Lay
         "padded_vocab_size": layout.padded_vocab(config.vocab_size),
         "untie_embeddings_and_output_weights": not config.tied,
         "use_rope_scaling": config.rope_scaling is not None,
+        **{arg: feature in config.features for feature, arg in FEATURE_ARGS.items()},
         # Megatron heeds the groups only with --group-query-attention, and then takes 1 for granted.
         "num_query_groups": config.num_query_groups,
     }

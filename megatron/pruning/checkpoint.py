@@ -60,7 +60,7 @@ class Checkpoint(ABC):
 
     def weights(self) -> Iterator[tuple[Weight, int | None, View]]:
         """Yield every logical weight in the order of the forward pass."""
-        for weight, layer in all_weights(self.config.num_layers, self.config.tied):
+        for weight, layer in all_weights(self.config.num_layers, self.config.tied, self.config.features):
             yield weight, layer, self.weight(weight, layer)
 
     def carried_files(self) -> dict[str, bytes]:

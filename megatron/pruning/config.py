@@ -17,7 +17,10 @@ MEGATRON_ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape and constants of a dense Llama. Sizes count elements; `vocab_size` is without padding."""
+    """Shape and constants of a dense Llama, or of a model that is one but for `features` (see the table's rows).
+
+    Sizes count elements; `vocab_size` is without padding.
+    """
 
     num_layers: int
     hidden_size: int
@@ -31,6 +34,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: Mapping[str, Any] | None = None
     max_position_embeddings: int = 4096
+    features: frozenset[str] = frozenset()
     # Whatever else the parent's config.json says (token ids, ...): carried to the next config.json, never interpreted.
     other: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -64,7 +68,7 @@ class LlamaConfig:
     @property
     def parameters(self) -> int:
         """Number of parameters, vocabulary padding left out."""
-        return parameter_count(self.sizes, self.tied)
+        return parameter_count(self.sizes, self.tied, self.features)
 
     def with_sizes(self, sizes: Mapping[str, int]) -> "LlamaConfig":
         """Return this config with new axis sizes."""
@@ -95,9 +99,16 @@ _HF_NAMES = {
     "norm_epsilon": "rms_norm_eps",
     "max_position_embeddings": "max_position_embeddings",
 }
+# The models that the table describes: config.json's model_type, its class, and its features.
+FAMILIES: Mapping[str, tuple[str, frozenset[str]]] = {
+    "llama": ("LlamaForCausalLM", frozenset()),
+    "mistral": ("MistralForCausalLM", frozenset()),
+    "qwen2": ("Qwen2ForCausalLM", frozenset({"qkv_bias"})),
+    "qwen3": ("Qwen3ForCausalLM", frozenset({"qk_norm"})),
+}
 # Settings that would make a model something else than the table's Llama, and the only values it takes.
 _HF_REQUIRED: Mapping[str, tuple[Any, ...]] = {
-    "model_type": ("llama", "mistral"),
+    "model_type": tuple(FAMILIES),
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -114,9 +125,13 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> LlamaConfig:
     """
     for name, allowed in _HF_REQUIRED.items():
         value = hf.get(name, None if name == "model_type" else allowed[0])
+        if name == "sliding_window" and hf.get("use_sliding_window") is False:
+            continue
         if value not in allowed:
             known = " or ".join(map(repr, allowed))
             raise ValueError(f"{where}: {name} is {value!r}, but a dense Llama, which this program is for, has {known}")
+    if set(hf.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(f"{where}: layer_types has others than full_attention, which is all that is pruned here")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{where}: the rope parameters are {rope!r}, not an object")
@@ -140,18 +155,22 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> LlamaConfig:
             **fields,
             rope_theta=float(theta),
             rope_scaling={"rope_type": kind, **rope} if rope or kind != "default" else None,
+            features=FAMILIES[hf["model_type"]][1],
             other={name: value for name, value in hf.items() if name not in _HF_OWNED},
         )
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
+# Written anew, or by transformers itself: layer_types and max_window_layers are of the parent's number of layers.
 _HF_OWNED = {*_HF_NAMES.values(), "rope_parameters", "rope_scaling", "rope_theta", "torch_dtype", "dtype"}
+_HF_OWNED |= {"layer_types", "max_window_layers"}
 
 
 def config_to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     """Return the config.json, in the names that transformers 4 and 5 (and vLLM) both read."""
-    defaults = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    family = next(name for name, (_, features) in FAMILIES.items() if features == config.features)
+    defaults = {"architectures": [FAMILIES[family][0]], "model_type": family, "hidden_act": "silu"}
     return {
         **defaults,
         **config.other,
@@ -163,7 +182,9 @@ def config_to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
 
 
 def hf_export_problem(config: LlamaConfig) -> str | None:
-    """Return why transformers would refuse this shape, None if it takes it."""
+    """Return why transformers would refuse this shape, None if it takes it. Only its Llama is so strict."""
+    if config.other.get("model_type", "llama") != "llama" or config.features:
+        return None
     if config.hidden_size % config.num_attention_heads:
         return (
             f"hidden size {config.hidden_size} is not a multiple of {config.num_attention_heads} attention heads: "
@@ -186,6 +207,8 @@ def megatron_rope_factor(config: LlamaConfig) -> float | None:
     return float(factor)
 
 
+# The Megatron argument that turns a feature on.
+FEATURE_ARGS = {"qkv_bias": "add_qkv_bias", "qk_norm": "qk_layernorm"}
 # Megatron arguments that would make a model something else than the table's Llama, and what they are for one. Old
 # checkpoints lack some; absent and None say nothing.
 LLAMA_ARGS: Mapping[str, Any] = {
@@ -194,9 +217,7 @@ LLAMA_ARGS: Mapping[str, Any] = {
     "swiglu": True,
     "rotary_percent": 1.0,
     "add_bias_linear": False,
-    "add_qkv_bias": False,
     "rotary_interleaved": False,
-    "qk_layernorm": False,
     "apply_layernorm_1p": False,
     "squared_relu": False,
     "quick_geglu": False,
@@ -221,6 +242,9 @@ def config_from_args(args: Namespace, where: str) -> LlamaConfig:
     missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if get(name) is None]
     if missing:
         raise ValueError(f"{where}: its arguments lack {', '.join(missing)}")
+    features = frozenset(name for name, arg in FEATURE_ARGS.items() if get(arg))
+    if features not in [known for _, known in FAMILIES.values()]:
+        raise ValueError(f"{where}: no model read here has all of {', '.join(FEATURE_ARGS[name] for name in features)}")
     heads, hidden = get("num_attention_heads"), get("hidden_size")
     try:
         scaling = None
@@ -240,6 +264,7 @@ def config_from_args(args: Namespace, where: str) -> LlamaConfig:
             rope_theta=float(get("rotary_base", 10000)),
             rope_scaling=scaling,
             max_position_embeddings=get("max_position_embeddings", get("seq_length", 4096)),
+            features=features,
         )
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{where}: its arguments are not a Llama's: {error}") from error
@@ -268,6 +293,7 @@ def _megatron_values(config: LlamaConfig, layout: Layout) -> dict[str, Any]:
         "norm_epsilon": config.norm_epsilon,
         "swiglu": True,
         "disable_bias_linear": True,
+        **{arg: feature in config.features for feature, arg in FEATURE_ARGS.items()},
         "untie_embeddings_and_output_weights": not config.tied,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,

@@ -29,8 +29,8 @@ from megatron.pruning.dist_file import (
 from megatron.pruning.hf_format import SHARD_BYTES, as_json
 from megatron.pruning.layout import Layout
 from megatron.pruning.megatron_format import (
-    TE_NAMES,
     MegatronCheckpoint,
+    full_key,
     is_known,
     rank_views,
     side_files,
@@ -133,8 +133,10 @@ def dist_output(checkpoint: Checkpoint, layout: Layout, dtype: str | None) -> tu
     whole = Layout(vocab_divisor=layout.padded_vocab(config.vocab_size))
     pieces = []
     for (name, layer), view in rank_views(checkpoint, whole, 0, 0).items():
-        full = TE_NAMES.get(name, f"{name}.weight")
-        pieces.append(Piece(full if layer is None else _STACKED + full, layer, cast(view, dtype)))
+        full = full_key(name, layer, te=True)
+        if layer is not None:
+            full = full.replace(f"{_STACKED}{layer}.", _STACKED, 1)
+        pieces.append(Piece(full, layer, cast(view, dtype)))
     none = object_bytes([None])
     layers = config.num_layers
     objects = {

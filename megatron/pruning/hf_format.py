@@ -39,9 +39,8 @@ class HfCheckpoint(Checkpoint):
         self._check()
 
     def _check(self) -> None:
-        expected = {
-            weight.hf_key(layer): weight for weight, layer in all_weights(self.config.num_layers, self.config.tied)
-        }
+        rows = all_weights(self.config.num_layers, self.config.tied, self.config.features)
+        expected = {weight.hf_key(layer): weight for weight, layer in rows}
         check_keys(str(self.path), set(self._stored), set(expected))
         for key, weight in expected.items():
             check_tensor(str(self.path), key, self._stored[key], weight_shape(weight, self.config.sizes))

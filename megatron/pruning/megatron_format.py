@@ -16,7 +16,7 @@ from megatron.pruning.checkpoint import Checkpoint, carried_files_of, check_keys
 from megatron.pruning.config import LlamaConfig, config_from_args, config_to_command_line, config_to_hf
 from megatron.pruning.hf_format import as_json, read_hf_config
 from megatron.pruning.layout import Layout, fuse, fused_shape, pad_rows, unfuse
-from megatron.pruning.table import FIRST, LAST, LAYER, TABLE, Weight, axes, split_dim
+from megatron.pruning.table import FIRST, LAST, TABLE, Weight, axes, layer_weights, split_dim
 from megatron.pruning.views import View, concat, take
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -133,6 +133,7 @@ class MegatronCheckpoint(Checkpoint):
             for name, rows in FUSED.items()
             for layer in (range(config.num_layers) if rows[0].per_layer else (None,))
             if not (config.tied and name == "output_layer")
+            if rows[0].feature is None or rows[0].feature in config.features
         }
         check_keys(where, {full_key(*key) for key in self.shards}, {full_key(*key) for key in expected})
         ranks = max(len(shards) for shards in self.shards.values())
@@ -172,12 +173,12 @@ class MegatronCheckpoint(Checkpoint):
 
 def rank_views(checkpoint: Checkpoint, layout: Layout, t: int, p: int) -> dict[tuple[str, int | None], View]:
     """Return what model rank (`t`, `p`) holds, by (Megatron name, global layer), in the order of the forward pass."""
-    tied = checkpoint.config.tied
+    tied, rows = checkpoint.config.tied, layer_weights(checkpoint.config.features)
     keys: list[tuple[str, int | None]] = []
     if p == 0:
         keys += [(weight.megatron, None) for weight in FIRST]
     for layer in layout.layers_of_stage(checkpoint.config.num_layers, p):
-        keys += [(name, layer) for name in dict.fromkeys(weight.megatron for weight in LAYER)]
+        keys += [(name, layer) for name in dict.fromkeys(weight.megatron for weight in rows)]
     if p == layout.pipeline - 1:
         keys += [(weight.megatron, None) for weight in LAST if not (tied and weight.name == "lm_head")]
     views = {key: _rank_view(checkpoint, *key, layout, t) for key in keys}

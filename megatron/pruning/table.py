@@ -17,21 +17,29 @@ from megatron.pruning.views import Index
 
 @dataclass(frozen=True)
 class Weight:
-    """One row: a weight's name, the axes of its dims, and its keys (without the layer's prefix and `.weight`)."""
+    """One row: a weight's name, the axes of its dims, and its keys (without the layer's prefix and `.weight`).
+
+    A row with a `feature` is there only in models that have that feature.
+    """
 
     name: str
     dims: tuple[str, ...]
     hf: str
     megatron: str
     per_layer: bool = True
+    feature: str | None = None
 
     def hf_key(self, layer: int | None) -> str:
         """Return the key in a Hugging Face LlamaForCausalLM."""
-        return f"model.layers.{layer}.{self.hf}.weight" if self.per_layer else f"{self.hf}.weight"
+        return f"model.layers.{layer}.{_full(self.hf)}" if self.per_layer else _full(self.hf)
 
     def megatron_key(self, layer: int | None) -> str:
         """Return the key in a Megatron GPTModel with the local layer spec; `layer` counts from 0 on its stage."""
-        return f"decoder.layers.{layer}.{self.megatron}.weight" if self.per_layer else f"{self.megatron}.weight"
+        return f"decoder.layers.{layer}.{_full(self.megatron)}" if self.per_layer else _full(self.megatron)
+
+
+def _full(name: str) -> str:
+    return name if name.endswith(".bias") else f"{name}.weight"
 
 
 TABLE = (
@@ -40,6 +48,11 @@ TABLE = (
     Weight("q", ("heads*head_dim", "hidden"), "self_attn.q_proj", "self_attention.linear_qkv"),
     Weight("k", ("groups*head_dim", "hidden"), "self_attn.k_proj", "self_attention.linear_qkv"),
     Weight("v", ("groups*head_dim", "hidden"), "self_attn.v_proj", "self_attention.linear_qkv"),
+    Weight("q_bias", ("heads*head_dim",), "self_attn.q_proj.bias", "self_attention.linear_qkv.bias", True, "qkv_bias"),
+    Weight("k_bias", ("groups*head_dim",), "self_attn.k_proj.bias", "self_attention.linear_qkv.bias", True, "qkv_bias"),
+    Weight("v_bias", ("groups*head_dim",), "self_attn.v_proj.bias", "self_attention.linear_qkv.bias", True, "qkv_bias"),
+    Weight("q_norm", ("head_dim",), "self_attn.q_norm", "self_attention.q_layernorm", True, "qk_norm"),
+    Weight("k_norm", ("head_dim",), "self_attn.k_norm", "self_attention.k_layernorm", True, "qk_norm"),
     Weight("o", ("hidden", "heads*head_dim"), "self_attn.o_proj", "self_attention.linear_proj"),
     Weight("mlp_norm", ("hidden",), "post_attention_layernorm", "pre_mlp_layernorm"),
     Weight("gate", ("ffn", "hidden"), "mlp.gate_proj", "mlp.linear_fc1"),
@@ -75,18 +88,23 @@ def weight_shape(weight: Weight, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(math.prod(sizes[axis] for axis in axes(dim)) for dim in weight.dims)
 
 
-def all_weights(layers: int, tied: bool) -> list[tuple[Weight, int | None]]:
+def layer_weights(features: frozenset[str]) -> list[Weight]:
+    """Return the rows of one layer of a model with these features."""
+    return [weight for weight in LAYER if weight.feature is None or weight.feature in features]
+
+
+def all_weights(layers: int, tied: bool, features: frozenset[str] = frozenset()) -> list[tuple[Weight, int | None]]:
     """Return every (weight, layer) of a model in the order of the forward pass; a tied output layer is left out."""
     return [
         *((weight, None) for weight in FIRST),
-        *((weight, layer) for layer in range(layers) for weight in LAYER),
+        *((weight, layer) for layer in range(layers) for weight in layer_weights(features)),
         *((weight, None) for weight in LAST if not (tied and weight.name == "lm_head")),
     ]
 
 
-def parameter_count(sizes: Mapping[str, int], tied: bool) -> int:
+def parameter_count(sizes: Mapping[str, int], tied: bool, features: frozenset[str] = frozenset()) -> int:
     """Return the number of parameters of a model whose axes have `sizes`."""
-    return sum(math.prod(weight_shape(weight, sizes)) for weight, _ in all_weights(sizes["layers"], tied))
+    return sum(math.prod(weight_shape(weight, sizes)) for weight, _ in all_weights(sizes["layers"], tied, features))
 
 
 def kept_elements(dim: str, keep: Mapping[str, Index], sizes: Mapping[str, int]) -> Index:
