@@ -26,6 +26,7 @@ from megatron.pruning.arguments import (
     add_megatron_flags,
     check_model_flags,
     hyphenated,
+    is_first,
     layout_from_flags,
     new_parser,
     run,
@@ -35,9 +36,10 @@ from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.choose import random_criterion
 from megatron.pruning.config import hf_export_problem
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
+from megatron.pruning.importance import magnitude
 from megatron.pruning.layout import Layout
 from megatron.pruning.output import check_target, write_durably
-from megatron.pruning.plan import PRUNE_TYPES, Plan, Target, describe, make_plan, resolve_target
+from megatron.pruning.plan import PRUNE_TYPES, Plan, Target, describe, make_plan, resolve_target, spaced_layers
 from megatron.pruning.processes import World
 from megatron.pruning.pruned import Pruned
 from megatron.pruning.views import BYTES
@@ -55,6 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     target.add_argument("--num-query-groups-remain", type=int, metavar="N", help="query groups (key/value heads)")
     target.add_argument("--ffn-hidden-size-remain", type=int, metavar="N", help="ffn hidden size")
     target.add_argument("--drop-layers", type=layer_list, default=(), metavar="I,J,...", help="layers to drop, from 0")
+    target.add_argument("--num-layers-remain", type=int, metavar="N", help="or: drop others, evenly spaced")
     how = parser.add_argument_group("how it is decided")
     how.add_argument("--is-prune", action="store_true", help="prune; the only mode, accepted for older scripts")
     how.add_argument(
@@ -62,6 +65,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         choices=PRUNE_TYPES,
         help="balance (default): the same number in every tensor-parallel block; unbalance: anywhere, shards may come "
         "out uneven",
+    )
+    how.add_argument(
+        "--criterion",
+        choices=("random", "magnitude"),
+        help="random (default), or magnitude: the L2 norm of all weights an index touches",
     )
     how.add_argument("--seed", type=seed, help=f"of the random choice (default {SEED})")
     how.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of making one")
@@ -90,25 +98,37 @@ def layer_list(text: str) -> tuple[int, ...]:
 
 def decide(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> Plan:
     """Make the plan, or read and check the one that was given. Raises ValueError for every pruning that cannot be."""
+    drop_layers = args.drop_layers
+    if args.num_layers_remain is not None:
+        if drop_layers:
+            raise ValueError("--drop-layers and --num-layers-remain both say which layers remain: give one of them")
+        drop_layers = spaced_layers(parent.config.num_layers, args.num_layers_remain)
     target = Target(
         hidden=args.hidden_size_remain,
         heads=args.num_attention_heads_remain,
         groups=args.num_query_groups_remain,
         ffn=args.ffn_hidden_size_remain,
-        drop_layers=args.drop_layers,
+        drop_layers=drop_layers,
     )
     if args.plan is None:
+        resolve_target(target, parent.config)  # refuses, if it must, before the weights are read for their magnitude
+        seed = SEED if args.seed is None else args.seed
+        name = args.criterion or "random"
+        criterion = (
+            random_criterion(seed, parent.config.sizes) if name == "random" else magnitude(parent, show=is_first())
+        )
         return make_plan(
             parent,
             target,
-            random_criterion(SEED if args.seed is None else args.seed, parent.config.sizes),
+            criterion,
             layout=layout,
             prune_type=args.prune_type or "balance",
-            seed=SEED if args.seed is None else args.seed,
+            criterion_name=name,
+            seed=seed,
         )
     plan = Plan.from_json(args.plan.read_text(encoding="utf-8", errors="replace"), str(args.plan))
     plan.check_parent(parent)
-    for name in ("seed", "prune_type"):
+    for name in ("seed", "prune_type", "criterion"):
         if (value := getattr(args, name)) not in (None, getattr(plan, name)):
             raise ValueError(f"--plan {args.plan} has {name} {getattr(plan, name)}, but the flags say {value}")
     if target != Target() and (wanted := resolve_target(target, parent.config)) != plan.sizes:

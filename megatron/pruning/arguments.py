@@ -34,6 +34,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         _end("interrupted; nothing was left behind", 130)
 
 
+def is_first() -> bool:
+    """Whether this is the process that speaks: alone, or rank 0 of a torchrun."""
+    return _rank() == 0
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 

@@ -110,7 +110,8 @@ class MegatronCheckpoint(Checkpoint):
         if carried.is_file():
             hf = read_hf_config(carried)
             vocab = config.vocab_size if getattr(self.args, "vocab_size", None) else hf.vocab_size
-            config = dataclasses.replace(config, vocab_size=vocab, other=hf.other)
+            other = hf.other if hf.features == config.features else {}
+            config = dataclasses.replace(config, vocab_size=vocab, other=other)
         return config
 
     @functools.cache  # noqa: B019 - a checkpoint lives as long as its process

@@ -211,6 +211,18 @@ def resolve_target(target: Target, config: LlamaConfig) -> dict[str, int]:
     return sizes
 
 
+def spaced_layers(layers: int, keep: int) -> tuple[int, ...]:
+    """Return which of `layers` to drop so that `keep` remain: evenly spaced, never the first, nor the last unless only
+    the first remains.
+
+    Raises ValueError unless 1 <= keep <= layers.
+    """
+    if not 1 <= keep <= layers:
+        raise ValueError(f"--num-layers-remain {keep} must lie between 1 and the parent's {layers}")
+    dropped = layers - keep
+    return tuple((i + 1) * layers // (dropped + 1) for i in range(dropped))
+
+
 def _check_heads(sizes: Mapping[str, int], parent: Mapping[str, int]) -> None:
     heads, groups = sizes["heads"], sizes["groups"]
     if heads % groups:
