@@ -16,6 +16,7 @@ arguments serves pruning and training; those that describe the model must agree 
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ from megatron.pruning.importance import magnitude
 from megatron.pruning.layout import Layout
 from megatron.pruning.output import check_target, write_durably
 from megatron.pruning.plan import PRUNE_TYPES, Plan, Target, describe, make_plan, resolve_target, spaced_layers
+from megatron.pruning.plan_figure import plan_figure
 from megatron.pruning.processes import World
 from megatron.pruning.pruned import Pruned
 from megatron.pruning.views import BYTES
@@ -74,7 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     how.add_argument("--seed", type=seed, help=f"of the random choice (default {SEED})")
     how.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of making one")
     how.add_argument(
-        "--plan-only", action="store_true", help="print the plan, write it to SAVE.prune_plan.json, and stop"
+        "--plan-only", action="store_true", help="print the plan, write SAVE.prune_plan.json and .png, and stop"
     )
     add_layout_flags(parser)
     add_megatron_flags(parser)
@@ -159,10 +161,13 @@ def main(argv: Sequence[str]) -> None:
     plan_text = plan.to_json().encode()
     if args.plan_only:
         save = args.save.absolute()
-        file = save.with_name(f"{save.name}.{PLAN_FILE}")
+        file, picture = (save.with_name(f"{save.name}.{name}") for name in (PLAN_FILE, "prune_plan.png"))
         if world.rank == 0:
             write_durably(file, plan_text)
             print(f"plan: {file} (apply it with --plan {file})")
+            if importlib.util.find_spec("matplotlib"):
+                write_durably(picture, plan_figure(plan))
+                print(f"map:  {picture}")
         world.leave()
         return
     save_checkpoint(

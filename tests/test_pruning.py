@@ -152,6 +152,7 @@ def test_plan_file_round_trips_and_applies(gqa: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "only").exists()
     plan_file = tmp_path / "only.prune_plan.json"
     assert plan_file.read_text() == text
+    assert (tmp_path / "only.prune_plan.png").read_bytes().startswith(b"\x89PNG")
     applied = prune(gqa, tmp_path / "applied", "--plan", str(plan_file), "--format=hf")
     assert same_tree(made, applied)
 
