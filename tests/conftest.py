@@ -1,12 +1,15 @@
 """Tiny Llamas that everything is tested on, made by transformers."""
 
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron.pruning.torch_file import MEGATRON_CLASSES, PLAIN_CLASSES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,6 +89,13 @@ def make_llama(
             parameter.copy_(gain + 0.15 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(path, **save)
     return path
+
+
+def load_whole(path: Path) -> dict[str, Any]:
+    """Return all that a rank file holds, with the real classes of megatron, fit to be changed and saved again."""
+    real = [found for name in MEGATRON_CLASSES if (found := locate(name)) is not None]
+    with torch.serialization.safe_globals([*PLAIN_CLASSES, *real]):
+        return torch.load(path, weights_only=True)
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:

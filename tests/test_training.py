@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import load_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVED, KILLED = 24, 10, 16  # the whole run, the checkpoint to resume from, the step after which -9 comes
@@ -197,7 +198,7 @@ def trained(forker: Forker) -> dict[str, Run]:
 
 def state(folder: Path, name: str, step: int = STEPS) -> dict:
     """What a `torch` checkpoint of one rank holds; it was written by this test."""
-    return torch.load(folder / name / f"iter_{step:07d}" / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
+    return load_whole(folder / name / f"iter_{step:07d}" / "mp_rank_00" / "model_optim_rng.pt")
 
 
 def test_run_killed_midway_and_started_again_equals_uninterrupted_run_bitwise(
@@ -324,7 +325,7 @@ def damage(folder: Path, name: str, source: str, change: str) -> None:
         path.write_bytes(path.read_bytes()[:20_000])
     else:
         path = step / "mp_rank_00" / "model_optim_rng.pt"
-        content = torch.load(path, weights_only=False)
+        content = load_whole(path)
         key = "decoder.layers.1.mlp.linear_fc2.weight"
         if change == "missing weight":
             del content["model"][key]

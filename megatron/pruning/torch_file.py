@@ -34,7 +34,7 @@ class _StandIn:
         self.state = state
 
 
-_MEGATRON_CLASSES = (
+MEGATRON_CLASSES = (
     "megatron.core.enums.ModelType",
     "megatron.core.rerun_state_machine.RerunDiagnostic",
     "megatron.core.rerun_state_machine.RerunMode",
@@ -51,15 +51,15 @@ def _stand_in(name: str) -> tuple[Any, str]:
 
 
 _NUMPY_RECONSTRUCT: Any = np.ndarray(0).__reduce__()[0]
-_ALLOWED: list[Any] = [
+PLAIN_CLASSES: list[Any] = [
     argparse.Namespace,
     signal.Signals,
     np.ndarray,
     np.dtype,
     type(np.dtype(np.uint32)),
     *((_NUMPY_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    *(_stand_in(name) for name in _MEGATRON_CLASSES),
 ]
+_ALLOWED = [*PLAIN_CLASSES, *(_stand_in(name) for name in MEGATRON_CLASSES)]
 
 
 def load_torch(path: Path, part: io.RawIOBase | None = None) -> Any:
