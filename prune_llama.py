@@ -17,6 +17,7 @@ arguments serves pruning and training; those that describe the model must agree 
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron.pruning.arguments import (
     new_parser,
     run,
     say_source,
+    set_vocabulary,
 )
 from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.choose import random_criterion
@@ -40,7 +42,16 @@ from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.importance import magnitude
 from megatron.pruning.layout import Layout
 from megatron.pruning.output import check_target, write_durably
-from megatron.pruning.plan import PRUNE_TYPES, Plan, Target, describe, make_plan, resolve_target, spaced_layers
+from megatron.pruning.plan import (
+    PRUNE_TYPES,
+    Plan,
+    Target,
+    describe,
+    make_plan,
+    resolve_target,
+    spaced_layers,
+    to_ranges,
+)
 from megatron.pruning.plan_figure import plan_figure
 from megatron.pruning.processes import World
 from megatron.pruning.pruned import Pruned
@@ -133,10 +144,15 @@ def decide(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> Plan
     for name in ("seed", "prune_type", "criterion"):
         if (value := getattr(args, name)) not in (None, getattr(plan, name)):
             raise ValueError(f"--plan {args.plan} has {name} {getattr(plan, name)}, but the flags say {value}")
-    if target != Target() and (wanted := resolve_target(target, parent.config)) != plan.sizes:
-        differing = [axis for axis in wanted if wanted[axis] != plan.sizes[axis]]
-        axis = differing[0]
-        raise ValueError(f"--plan {args.plan} keeps {axis} {plan.sizes[axis]}, but the flags ask for {wanted[axis]}")
+    if target != Target():
+        wanted = resolve_target(target, parent.config)
+        for axis, size in wanted.items():
+            if size != plan.sizes[axis]:
+                raise ValueError(f"--plan {args.plan} keeps {axis} {plan.sizes[axis]}, but the flags ask for {size}")
+        if drop_layers and set(drop_layers) & set(plan.layers.tolist()):
+            raise ValueError(
+                f"--plan {args.plan} keeps layers {to_ranges(plan.layers)}, but the flags drop {drop_layers}"
+            )
     return plan
 
 
@@ -146,6 +162,7 @@ def main(argv: Sequence[str]) -> None:
     if not args.plan_only:
         check_target(args.save, args.overwrite)
     parent = open_checkpoint(args.load, args.iteration)
+    set_vocabulary(parent, args)
     layout = layout_from_flags(args, parent.layout)
     check_model_flags(args, parent.config, layout, args.load)
     plan = decide(args, parent, layout)
@@ -160,7 +177,9 @@ def main(argv: Sequence[str]) -> None:
             print(f"warning: {problem}", file=sys.stderr)
     plan_text = plan.to_json().encode()
     if args.plan_only:
-        save = args.save.absolute()
+        save = Path(os.path.abspath(args.save))  # noqa: PTH100 - resolves "..", but no links
+        if not save.name:
+            raise ValueError(f"--save {args.save} has no name")
         file, picture = (save.with_name(f"{save.name}.{name}") for name in (PLAN_FILE, "prune_plan.png"))
         if world.rank == 0:
             write_durably(file, plan_text)
@@ -183,7 +202,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if world.rank == 0:
         print(f"saved: {args.save} ({args.format}{f' {layout}' if args.format != 'hf' else ''})")
-        if args.format != "hf" and plan.prune_type == "unbalance" and layout.tensor > 1:
+        if args.format == "torch" and plan.prune_type == "unbalance" and layout.tensor > 1:
             print("its shards may be uneven: merge or re-split them with scripts/transfer.sh before training")
     world.leave()
 

@@ -78,11 +78,17 @@ ranks=$(($(size_of --tensor-model-parallel-size) * $(size_of --pipeline-model-pa
 gpus=$(count_gpus)
 precision=()
 if [ "$gpus" -gt 0 ]; then
-    GPUS_PER_NODE=${GPUS_PER_NODE:-$((gpus / ranks > 0 ? gpus / ranks * ranks : gpus))}
     precision=(--bf16)
 else
-    GPUS_PER_NODE=${GPUS_PER_NODE:-$ranks}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+if [ -z "${GPUS_PER_NODE:-}" ]; then # as many data-parallel copies as there are GPUs for, and as the batch divides into
+    copies=$((gpus / ranks > 0 ? gpus / ranks : 1))
+    while [ $((GLOBAL_BATCH_SIZE % (copies * ${NNODES:-1}))) != 0 ] && [ "$copies" -gt 1 ]; do
+        copies=$((copies - 1))
+    done
+    GPUS_PER_NODE=$((copies * ranks))
+    [ "$gpus" = 0 ] || [ "$GPUS_PER_NODE" -le $((gpus * ${NNODES:-1})) ] || GPUS_PER_NODE=$gpus
 fi
 processes=$((GPUS_PER_NODE * ${NNODES:-1}))
 [ $((processes % ranks)) = 0 ] ||

@@ -16,9 +16,10 @@ die() {
     exit 1
 }
 
-# The number of GPUs here, 0 without any.
+# The number of GPUs that may be used here, 0 without any.
 count_gpus() {
-    { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l
+    command -v nvidia-smi >/dev/null || { echo 0; return; }
+    "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'
 }
 
 # launch PROCESSES SCRIPT ARGS...: PROCESSES on each of NNODES machines, through torchrun when there is more than one.

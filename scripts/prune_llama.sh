@@ -9,7 +9,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # The embedded model to about half its parameters; with a LOAD_PATH of your own, say what remains.
-if [ -z "${LOAD_PATH:-}" ]; then
+if [ -z "${LOAD_PATH:-}" ] && [[ " $* " != *" --plan "* ]]; then
     HIDDEN_SIZE_REMAIN=${HIDDEN_SIZE_REMAIN-128}
     NUM_ATTENTION_HEADS_REMAIN=${NUM_ATTENTION_HEADS_REMAIN-}
     FFN_HIDDEN_SIZE_REMAIN=${FFN_HIDDEN_SIZE_REMAIN-288}
@@ -19,7 +19,7 @@ LOAD_PATH=${LOAD_PATH:-${RUNS:-$HERE/runs}/parent}
 SAVE_PATH=${SAVE_PATH:-${RUNS:-$HERE/runs}/pruned}
 TP=${TP:-} # layout of the target; empty: the parent's
 PP=${PP:-}
-PRUNE_TYPE=${PRUNE_TYPE:-balance}
+PRUNE_TYPE=${PRUNE_TYPE:-} # balance (also when empty) or unbalance
 GPUS_PER_NODE=${GPUS_PER_NODE:-1} # processes that share the writing
 
 source "$HERE/scripts/common.sh"
@@ -29,8 +29,9 @@ remain=()
 [ -n "${NUM_QUERY_GROUPS_REMAIN:-}" ] && remain+=(--num_query_groups_remain "$NUM_QUERY_GROUPS_REMAIN")
 [ -n "${FFN_HIDDEN_SIZE_REMAIN:-}" ] && remain+=(--ffn_hidden_size_remain "$FFN_HIDDEN_SIZE_REMAIN")
 [ -n "${DROP_LAYERS:-}" ] && remain+=(--drop_layers "$DROP_LAYERS")
+[ -n "$PRUNE_TYPE" ] && remain+=(--prune_type "$PRUNE_TYPE")
 [ -n "$TP" ] && remain+=(--tensor-model-parallel-size "$TP")
 [ -n "$PP" ] && remain+=(--pipeline-model-parallel-size "$PP")
 
-launch "$GPUS_PER_NODE" "$ROOT/prune_llama.py" --is_prune "${remain[@]}" --prune_type "$PRUNE_TYPE" \
+launch "$GPUS_PER_NODE" "$ROOT/prune_llama.py" --is_prune "${remain[@]}" \
     --load "$LOAD_PATH" --save "$SAVE_PATH" "$@"

@@ -6,7 +6,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 RUNS=${RUNS:-$HERE/runs/quickstart} # everything lands here
 TRAIN_ITERS=${TRAIN_ITERS:-300}     # steps of continued pretraining
-TP=${TP:-2}
+TP=${TP:-} # empty: 2, or 1 where there is one GPU
 
 # Settings of another job in this shell must not leak into the demonstration.
 unset HF_FORMAT_DIR MEGATRON_FORMAT_DIR LOAD_PATH SAVE_PATH CHECKPOINT_PATH DATA_PATH VALID_DATA_PATH SPLIT PP PRUNE_TYPE \
@@ -17,7 +17,7 @@ unset HF_FORMAT_DIR MEGATRON_FORMAT_DIR LOAD_PATH SAVE_PATH CHECKPOINT_PATH DATA
 export RUNS TRAIN_ITERS TP
 
 source "$HERE/scripts/common.sh"
-[ "$(count_gpus)" != 1 ] || TP=1
+[ -n "$TP" ] || TP=$([ "$(count_gpus)" = 1 ] && echo 1 || echo 2)
 say() { printf '\n== %s\n' "$*"; }
 
 say "1/8 text: Python's standard library as tokens"

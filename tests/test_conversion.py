@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, LlamaForCausalLM
 
 from megatron.pruning.config import config_from_hf, config_to_hf
+from megatron.pruning.dist_file import Chunk, Entry
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.hf_format import hf_output, read_hf_config
 from megatron.pruning.layout import Layout
@@ -226,6 +227,41 @@ def test_mixed_dtypes_keep_every_value(tmp_path: Path) -> None:
     save_file(state, source / "model.safetensors")
     found = tensors(convert(convert(source, tmp_path / "m", tensor=2), tmp_path / "out", format="hf"))
     assert all(torch.equal(value.float(), found[key].float()) for key, value in state.items())
+
+
+def test_layers_of_different_dtypes_pass_through_torch_dist(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", "gqa")
+    state = load_file(source / "model.safetensors")
+    for key in ("model.layers.1.input_layernorm.weight", "model.layers.2.mlp.down_proj.weight"):
+        state[key] = state[key].bfloat16()
+    save_file(state, source / "model.safetensors")
+    dist = convert(source, tmp_path / "dist", format="torch_dist")
+    found = tensors(convert(dist, tmp_path / "out", format="hf"))
+    assert all(torch.equal(value.float(), found[key].float()) for key, value in state.items())
+
+
+def boxes(*shapes: tuple[int, int, int, int]) -> Entry:
+    """Return an 8 x 10 tensor of chunks, each (first row, first column, rows, columns)."""
+    return Entry((8, 10), "fp32", tuple(Chunk(Path(__file__), 0, 9, (r, c), (h, w)) for r, c, h, w in shapes))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        boxes((0, 0, 8, 5), (0, 5, 4, 5)),  # one box too low
+        boxes((0, 0, 8, 4), (0, 5, 8, 5)),  # a gap between columns
+        boxes((0, 0, 8, 6), (0, 5, 8, 5)),  # an overlap
+        boxes((0, 0, 4, 10), (5, 0, 3, 10)),  # a gap between rows
+        boxes((0, 0, 8, 5)),  # too narrow
+        boxes(),
+    ],
+)
+def test_chunks_that_do_not_tile_a_tensor_are_refused(gqa: Path, tmp_path: Path, entry: Entry) -> None:
+    checkpoint = open_checkpoint(convert(gqa, tmp_path / "dist", format="torch_dist"))
+    with pytest.raises(ValueError, match=r"the chunks of x do not make up its shape \(8, 10\)"):
+        checkpoint._assemble(tmp_path, "x", entry, None)
+    whole = boxes((0, 0, 8, 5), (0, 5, 8, 5))
+    assert checkpoint._assemble(tmp_path, "x", whole, None).shape == (8, 10)
 
 
 def test_fp16_that_would_overflow_is_refused(tmp_path: Path) -> None:

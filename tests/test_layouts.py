@@ -73,7 +73,7 @@ def uneven_pipeline(path: Path, tensor: int) -> None:
 
 
 def older_names(path: Path, tensor: int) -> None:
-    """Rename to the nested dictionaries of the time before Megatron-core, with its rotary buffer."""
+    """Rename to the nested dictionaries of the time before Megatron-core."""
     content = load(path, f"mp_rank_{tensor:02d}")
     shutil.rmtree(path / f"release/mp_rank_{tensor:02d}")
     names = {
@@ -95,6 +95,45 @@ def older_names(path: Path, tensor: int) -> None:
     content["args"].add_position_embedding = False
     del content["args"].position_embedding_type
     save(path, f"mp_rank_{tensor:02d}", content)
+
+
+def test_a_virtual_pipeline_of_many_chunks_is_read_in_order(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", "gqa", layers=24)
+    shards = convert(source, tmp_path / "m")
+    content = load(shards, "mp_rank_00")
+    shutil.rmtree(shards / "release/mp_rank_00")
+    model = content.pop("model")
+    content["args"].pipeline_model_parallel_size = 2
+    for stage in (0, 1):
+        chunks = {
+            f"model{v}": part(model, [2 * v + stage], first=(v, stage) == (0, 0), last=(v, stage) == (11, 1))
+            for v in range(12)
+        }
+        save(shards, f"mp_rank_00_{stage:03d}", content | chunks)
+    wanted, found = tensors(source), tensors(convert(shards, tmp_path / "out", format="hf"))
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_older_names_of_a_tied_pipeline_with_its_copy_are_read(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", "tied")
+    shards = convert(source, tmp_path / "m", pipeline=2)
+    last = load(shards, "mp_rank_00_001")
+    copy = last["model"].pop("output_layer.weight")
+    encoder = {key.removeprefix("decoder."): value for key, value in last["model"].items()}
+    last["model"] = {"language_model": {"encoder": encoder}, "word_embeddings_for_head": {"weight": copy}}
+    shutil.rmtree(shards / "release/mp_rank_00_001")
+    save(shards, "mp_rank_00_001", last)
+    with pytest.raises(ValueError, match=r"unexpected tensor: language_model.encoder.final_layernorm.bias"):
+        encoder["final_layernorm.bias"] = copy
+        shutil.rmtree(shards / "release/mp_rank_00_001")
+        save(shards, "mp_rank_00_001", last)
+        open_checkpoint(shards)
+    del encoder["final_layernorm.bias"]
+    encoder["layers.0.self_attention.query_key_value.weight"] = encoder.pop("layers.0.self_attention.linear_qkv.weight")
+    shutil.rmtree(shards / "release/mp_rank_00_001")
+    save(shards, "mp_rank_00_001", last)
+    wanted, found = tensors(source), tensors(convert(shards, tmp_path / "out", format="hf"))
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
 
 
 @pytest.mark.parametrize("shape", ["gqa", "tied"])
@@ -290,4 +329,5 @@ def test_file_written_twice_is_the_same(gqa: Path, tmp_path: Path) -> None:
         for name in ("a", "b"):
             save_checkpoint(open_checkpoint(gqa), tmp_path / format / name, format=format)
         a, b = (sorted((tmp_path / format / name).rglob("*")) for name in ("a", "b"))
+        assert [path.name for path in a] == [path.name for path in b]
         assert [path.read_bytes() for path in a if path.is_file()] == [p.read_bytes() for p in b if p.is_file()]

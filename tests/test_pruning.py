@@ -168,6 +168,9 @@ def test_plan_is_refused_on_another_parent_and_when_tampered_with(gqa: Path, tmp
         prune(other, tmp_path / "y", "--plan", str(file))
     with pytest.raises(ValueError, match="keeps ffn 40, but the flags ask for 32"):
         prune(gqa, tmp_path / "y", "--plan", str(file), "--ffn-hidden-size-remain=32")
+    prune(gqa, tmp_path / "z", "--drop-layers=1", "--plan-only")
+    with pytest.raises(ValueError, match=r"keeps layers 0,2-3, but the flags drop \(2,\)"):
+        prune(gqa, tmp_path / "y", "--plan", str(tmp_path / "z.prune_plan.json"), "--drop-layers=2")
     content = json.loads(file.read_text())
     for change, message in (
         (lambda c: c["keep"].update(hidden="0-99"), "must ascend within 0-39"),
@@ -227,6 +230,8 @@ def test_unbalanced_shards_are_written_as_they_fall_and_merge(tmp_path: Path) ->
     assert all(torch.equal(wanted[key], merged[key]) for key in wanted)
     with pytest.raises(ValueError, match=re.escape("does not divide the model's ffn hidden size 39")):
         convert(uneven, tmp_path / "tp2", tensor=2)
+    with pytest.raises(ValueError, match=re.escape("does not divide the model's ffn hidden size 39")):
+        prune(source, tmp_path / "dist", *flags, "--format=torch_dist")
 
 
 def test_fingerprint_is_of_the_model_not_of_its_files(gqa: Path, tmp_path: Path) -> None:

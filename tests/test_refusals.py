@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import convert as converter
 import pytest
 import torch
 from conftest import ROOT, make_llama
@@ -71,6 +72,19 @@ def test_impossible_prunings(gqa: Path, tmp_path: Path, flags: str, message: str
         prune_llama.main(["--load", str(gqa), "--save", str(tmp_path / "out"), *flags.split()])
     assert "\n" not in str(refusal.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_vocabulary_is_taken_only_where_the_source_does_not_know_it(gqa: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--vocab-size 50 disagrees with .*, whose model has 101"):
+        converter.main(["--load", str(gqa), "--save", str(tmp_path / "out"), "--vocab-size", "50"])
+    shards = convert(gqa, tmp_path / "m")
+    rewritten("mp_rank_00", lambda content: setattr(content["args"], "vocab_size", None))(shards)
+    shutil.rmtree(shards / "huggingface")
+    flags = ["--load", str(shards), "--vocab-size", "101", "--format", "hf"]
+    converter.main([*flags, "--save", str(tmp_path / "a")])
+    prune_llama.main([*flags, "--save", str(tmp_path / "b"), "--drop-layers", "1"])
+    for name in ("a", "b"):
+        assert len(load_file(tmp_path / name / "model.safetensors")["lm_head.weight"]) == 101
 
 
 def test_training_flags_are_accepted_in_both_spellings_and_unknown_ones_refused(gqa: Path, tmp_path: Path) -> None:
@@ -236,10 +250,18 @@ FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
             rewritten("mp_rank_00_000", lambda c: c["model"].update({FC1: torch.ones(72, 40).double()})),
             r"linear_fc1.weight has dtype torch.float64; only",
         ),
+        (
+            rewritten("mp_rank_01_001", lambda c: c.update(iteration=7)),
+            r"is of iteration 7, but .* of 0",
+        ),
+        (
+            rewritten("mp_rank_01_001", lambda c: c.update(checkpoint_version=1.0)),
+            r"checkpoint_version 1.0: before",
+        ),
         (rewritten("mp_rank_00_000", lambda c: c.pop("args")), r"carries no Megatron arguments"),
         (
             rewritten("mp_rank_00_000", lambda c: setattr(c["args"], "num_layers", 6)),
-            r"lacks tensors: decoder.lay",
+            r"are of different models",
         ),
         (rewritten("mp_rank_00_000", lambda c: setattr(c["args"], "swiglu", False)), r"argument swiglu is False"),
         (rewritten("mp_rank_00_000", lambda c: setattr(c["args"], "window_size", (4, 0))), r"window_size is \(4, 0\)"),
@@ -328,6 +350,11 @@ def test_a_pickle_that_would_run_code_does_not_run(gqa: Path, tmp_path: Path) ->
     (dist / "release/.metadata").write_bytes(pickle.dumps({"storage_data": Bomb(trace)}))
     with pytest.raises(ValueError, match=r"posix.system has no place in the metadata"):
         convert(dist, tmp_path / "out", format="hf")
+    torch.save(Bomb(trace), dist / "release/common.pt")
+    whole = convert(gqa, tmp_path / "d2", format="torch_dist")
+    shutil.copy(whole / "release/.metadata", dist / "release/.metadata")
+    with pytest.raises(ValueError, match=r"common.pt holds more than data"):
+        convert(dist, tmp_path / "out", format="hf")
     assert not trace.exists()
 
 
@@ -375,6 +402,24 @@ def test_two_runs_do_not_build_the_same_checkpoint(gqa: Path, tmp_path: Path) ->
     assert partial.is_dir()
     os.close(holder)  # as when that run is killed
     convert(gqa, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_between_the_two_renames_takes_the_first_one_back(
+    gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = convert(gqa, tmp_path / "out", tensor=2)
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name == ".out.partial":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(gqa, old, tensor=4, overwrite=True)
+    assert len(list((old / "release").iterdir())) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

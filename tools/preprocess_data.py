@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron.pruning.arguments import hyphenated, new_parser, run
 from megatron.pruning.output import Progress
 from megatron.pruning.quiet import quiet_imports
 
@@ -51,11 +52,11 @@ class Encoded(NamedTuple):
     complaint: str | None
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Writes the token files that the command line asks for.
 
     Args:
-        arguments: the command line without the program's name; None means sys.argv.
+        arguments: the command line without the program's name.
 
     Raises:
         ValueError: an input is missing, empty or has a bad line, or the tokenizer cannot be built; one sentence.
@@ -70,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"--input {' '.join(args.input)} is empty")
 
     tokenizer = build_tokenizer(args)
-    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.int32  # as Megatron chooses it
+    with quiet_imports():
+        from megatron.core.datasets.indexed_dataset import DType
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
     prefix = Path(args.output_prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     outputs = [f"{prefix}_{key}_document" for key in args.json_keys]
@@ -90,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{documents:,} documents, {tokens:,} tokens{skipped}: {', '.join(outputs)}.bin and .idx")
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("preprocess_data.py", __doc__)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--input", nargs="+", required=True, metavar="FILE", help="JSON lines, in the order to be written"
@@ -113,7 +116,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     tokens.add_argument("--merge-file", metavar="FILE", help="for GPT2BPETokenizer")
     tokens.add_argument("--vocab-size", type=int, metavar="N", help="for NullTokenizer and TikTokenizer")
     tokens.add_argument("--tiktoken-pattern", choices=["v1", "v2"], help="for TikTokenizer")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(hyphenated(arguments))
     if args.workers < 1:
         parser.error("--workers must be at least 1")
     return args
@@ -245,16 +248,16 @@ def _encode(line: Line) -> Encoded:
     """Tokens of one line; blank lines give none and no complaint."""
     if not line.raw.strip():
         return Encoded(len(line.raw), None, None)
-    try:
-        texts = _texts(line.raw)
-    except ValueError as problem:
-        return Encoded(len(line.raw), None, f"{line.path} line {line.number}: {problem}")
     tokens = []
-    for text in texts:
-        ids = list(_worker.tokenizer.tokenize(text)) if text else []
-        if ids and _worker.append_eod:
-            ids.append(_worker.tokenizer.eod)
-        tokens.append(np.asarray(ids, dtype=np.int64))
+    try:
+        for text in _texts(line.raw):
+            ids = list(_worker.tokenizer.tokenize(text)) if text else []
+            if ids and _worker.append_eod:
+                ids.append(_worker.tokenizer.eod)
+            tokens.append(np.asarray(ids, dtype=np.int64))
+    except (ValueError, RuntimeError) as problem:  # a lone surrogate, or a nesting too deep, among others
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+        return Encoded(len(line.raw), None, f"{line.path} line {line.number}: {reason}")
     return Encoded(len(line.raw), tokens, None)
 
 
@@ -281,8 +284,4 @@ def _texts(raw: bytes) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        sys.exit(1)
+    run(main)

@@ -5,7 +5,8 @@
     python tools/show_checkpoint.py assets/tiny-llama --digest
 
 The digest is of the logical weights: the same for the same model in every format and layout, so that a conversion of
-any size can be checked without loading a model. It changes with the dtype.
+any size can be checked without loading a model. It changes with the dtype (weights of several dtypes that Megatron
+fuses become fp32 there).
 """
 
 import argparse
@@ -38,7 +39,7 @@ def describe(checkpoint: Checkpoint) -> str:
     size = sum(path.stat().st_size for path in checkpoint.files)
     lines = {
         "format": checkpoint.format + (f", {checkpoint.layout}" if checkpoint.layout else ""),
-        "layers of": checkpoint.transformer_impl,
+        **({"names of": checkpoint.transformer_impl} if checkpoint.format == "torch" else {}),
         "optimizer": "yes, never carried on" if checkpoint.has_optimizer else "no",
         "directory": str(checkpoint.files[0].parent if len(checkpoint.files) == 1 else _common(checkpoint.files)),
         "files": f"{len(checkpoint.files)}, {size:,} bytes",

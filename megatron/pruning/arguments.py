@@ -1,6 +1,7 @@
 """What the entry points share on the command line: two spellings of a flag, Megatron's flags, errors in a sentence."""
 
 import argparse
+import dataclasses
 import functools
 import os
 import signal
@@ -40,7 +41,8 @@ def is_first() -> bool:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def _end(message: str, status: int) -> NoReturn:
@@ -91,6 +93,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--load", type=Path, required=True, metavar="DIR", help="source: Hugging Face or Megatron")
     group.add_argument("--iteration", type=int, metavar="N", help="of a Megatron source (default: the latest)")
     group.add_argument("--save", type=Path, required=True, metavar="DIR", help="target")
+    group.add_argument("--vocab-size", metavar="N", help="without padding, for a Megatron source that does not say it")
     group.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --save")
     group.add_argument("--format", choices=FORMATS, default="torch", help="of --save (default: Megatron's torch)")
     group.add_argument("--dtype", choices=tuple(BYTES), help="of --save (default: each tensor's own)")
@@ -101,11 +104,33 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def set_vocabulary(source: Checkpoint, args: argparse.Namespace) -> None:
+    """Give a source that does not know its vocabulary the one of --vocab-size.
+
+    Raises ValueError when the source knows another, or has fewer rows.
+    """
+    if args.vocab_size is None:
+        return
+    size, rows = int(_number("vocab_size", args.vocab_size)), source.config.vocab_size
+    if source.vocab_is_known and size != rows:
+        raise ValueError(f"--vocab-size {size} disagrees with {source.path}, whose model has {rows}")
+    if not 1 <= size <= rows:
+        raise ValueError(f"--vocab-size {size} must lie between 1 and the {rows} rows of {source.path}")
+    source.config = dataclasses.replace(source.config, vocab_size=size)
+    source.vocab_is_known = True
+
+
 def say_source(source: Checkpoint) -> None:
     """Print what the source is, and what of it is left behind."""
     print(f"source: {source}", flush=True)
     if source.has_optimizer:
         print("note: the optimizer state of the source is not carried on: training starts with a fresh one")
+    if not source.vocab_is_known:
+        print(
+            f"warning: the source does not say its vocabulary: all {source.config.vocab_size} rows are kept, "
+            "padding or not; give --vocab-size",
+            file=sys.stderr,
+        )
 
 
 def add_layout_flags(parser: argparse.ArgumentParser) -> None:

@@ -106,6 +106,12 @@ FAMILIES: Mapping[str, tuple[str, frozenset[str]]] = {
     "qwen2": ("Qwen2ForCausalLM", frozenset({"qkv_bias"})),
     "qwen3": ("Qwen3ForCausalLM", frozenset({"qk_norm"})),
 }
+# What transformers takes for granted when config.json does not say, where that differs from Llama's.
+_HF_UNSAID: Mapping[Any, Mapping[str, Any]] = {
+    "mistral": {"sliding_window": 4096, "max_position_embeddings": 131072},
+    "qwen2": {"max_position_embeddings": 32768},
+    "qwen3": {"max_position_embeddings": 32768, "head_dim": 128},
+}
 # Settings that would make a model something else than the table's Llama, and the only values it takes.
 _HF_REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
@@ -124,13 +130,16 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> LlamaConfig:
     Raises ValueError for a missing or wrong field and for a model that is not a dense Llama.
     """
     for name, allowed in _HF_REQUIRED.items():
-        value = hf.get(name, None if name == "model_type" else allowed[0])
-        if name == "sliding_window" and hf.get("use_sliding_window") is False:
-            continue
+        value = hf.get(
+            name, _HF_UNSAID.get(hf.get("model_type"), {}).get(name, allowed[0] if name != "model_type" else None)
+        )
+        if name == "sliding_window" and hf.get("model_type") in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
+            continue  # a width that is not used
         if value not in allowed:
             known = " or ".join(map(repr, allowed))
             raise ValueError(f"{where}: {name} is {value!r}, but a dense Llama, which this program is for, has {known}")
-    if set(hf.get("layer_types") or ()) - {"full_attention"}:
+    kinds = hf.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise ValueError(f"{where}: layer_types has others than full_attention, which is all that is pruned here")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -142,7 +151,13 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> LlamaConfig:
     if rope.get("partial_rotary_factor") in (1.0, None):
         rope.pop("partial_rotary_factor", None)
     # What config.json leaves out has transformers' defaults, not ours.
-    fields: dict[str, Any] = {"norm_epsilon": 1e-6, "max_position_embeddings": 2048}
+    unsaid = _HF_UNSAID.get(hf["model_type"], {})
+    fields: dict[str, Any] = {
+        "norm_epsilon": 1e-6,
+        "max_position_embeddings": unsaid.get("max_position_embeddings", 2048),
+    }
+    if "head_dim" in unsaid:
+        fields["head_dim"] = unsaid["head_dim"]
     fields |= {ours: hf[theirs] for ours, theirs in _HF_NAMES.items() if hf.get(theirs) is not None}
     for ours in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
         if ours not in fields:

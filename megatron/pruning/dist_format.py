@@ -76,10 +76,15 @@ class DistCheckpoint(MegatronCheckpoint):
             raise ValueError(f"{directory} holds an unexpected tensor: {key}")
         if entry.dtype is None:
             raise ValueError(f"{directory}: {key} is of a dtype that no Llama weight has")
-        layers = range(entry.shape[0]) if stacked else [None]
-        for index in layers:
-            view = self._assemble(directory, key, entry, index)
-            self.shards[name, index if stacked else layer] = [view]
+        if not entry.shape or (stacked and entry.shape[0] != self.config.num_layers):
+            raise ValueError(
+                f"{directory}: {key} has shape {entry.shape} in a model of {self.config.num_layers} layers"
+            )
+        for index in range(entry.shape[0]) if stacked else [None]:
+            where = name, index if stacked else layer
+            if where in self.shards:
+                raise ValueError(f"{directory} holds {key} twice, stacked and by layer")
+            self.shards[where] = [self._assemble(directory, key, entry, index)]
 
     def _assemble(self, directory: Path, key: str, entry: Entry, layer: int | None) -> View:
         """Return a tensor, or one layer of a stacked one, from the chunks that tile it."""
@@ -96,11 +101,18 @@ class DistCheckpoint(MegatronCheckpoint):
             boxes.setdefault(offsets[0], {})[column] = StoredChunk(
                 key, self._file(chunk), chunk, inside, str(entry.dtype)
             )
-        rows = [concat([row[start] for start in sorted(row)], 1) for _, row in sorted(boxes.items())]
         shape = (entry.shape or ())[0 if layer is None else 1 :]
-        starts = np.cumsum([0, *(row.shape[0] for row in rows)])[:-1]
-        whole = concat(rows, 0) if rows and len({row.shape[1:] for row in rows}) == 1 else None
-        if whole is None or whole.shape != shape or starts.tolist() != sorted(boxes):
+        rows = [_row(row) for _, row in sorted(boxes.items())]
+        starts = np.cumsum([0, *(row.shape[0] for row in rows if row is not None)])[:-1]
+        whole = None
+        if (
+            rows
+            and None not in rows
+            and starts.tolist() == sorted(boxes)
+            and len({r.shape[1:] for r in rows if r}) == 1
+        ):
+            whole = concat([row for row in rows if row is not None], 0)
+        if whole is None or whole.shape != shape:
             raise ValueError(f"{directory}: the chunks of {key} do not make up its shape {shape}")
         return whole
 
@@ -110,6 +122,15 @@ class DistCheckpoint(MegatronCheckpoint):
                 raise ValueError(f"{chunk.path.parent / METADATA} names {chunk.path.name}, which is not there")
             self._files[chunk.path] = File(chunk.path)
         return self._files[chunk.path]
+
+
+def _row(boxes: dict[int, View]) -> View | None:
+    """Return boxes side by side, by their first column; None unless they are of one height and leave no gap."""
+    parts = [boxes[start] for start in sorted(boxes)]
+    widths = [part.shape[1] if len(part.shape) > 1 else 0 for part in parts]
+    if len({part.shape[0] for part in parts}) > 1 or np.cumsum([0, *widths])[:-1].tolist() != sorted(boxes):
+        return None
+    return concat(parts, 1)
 
 
 def _read_args(directory: Path, entries: dict[str, Entry]) -> Namespace:
@@ -132,7 +153,14 @@ def dist_output(checkpoint: Checkpoint, layout: Layout, dtype: str | None) -> tu
     config = checkpoint.config
     whole = Layout(vocab_divisor=layout.padded_vocab(config.vocab_size))
     pieces = []
-    for (name, layer), view in rank_views(checkpoint, whole, 0, 0).items():
+    views = rank_views(checkpoint, whole, 0, 0)
+    # The layers of a stacked tensor have one dtype: fp32, which holds each exactly, where they differ.
+    dtypes: dict[str, set[str]] = {}
+    for (name, _), view in views.items():
+        dtypes.setdefault(name, set()).add(view.dtype)
+    for (name, layer), view in views.items():
+        if dtype is None and len(dtypes[name]) > 1:
+            view = cast(view, "fp32")
         full = full_key(name, layer, te=True)
         if layer is not None:
             full = full.replace(f"{_STACKED}{layer}.", _STACKED, 1)

@@ -77,7 +77,8 @@ def save_checkpoint(
         from megatron.pruning.dist_format import dist_output
 
         layout = layout or Layout()
-        checkpoint.check_layout(layout)
+        layout.check_split(checkpoint.config.sizes, "the model's")  # stored whole, so it must divide evenly when loaded
+        layout.check_stages(checkpoint.config.sizes, "the model's")
         files, own_texts = dist_output(checkpoint, layout, dtype)
     else:
         raise ValueError(f"--format {format}: choose one of {', '.join(FORMATS)}")

@@ -38,7 +38,7 @@ _OLD_NAMES = {
     "language_model.encoder.final_norm": "decoder.final_layernorm",
     "language_model.encoder.final_layernorm": "decoder.final_layernorm",
     "language_model.output_layer": "output_layer",
-    "word_embeddings_for_head.word_embeddings": "output_layer",  # the last stage's copy of a tied embedding
+    "word_embeddings_for_head": "output_layer",  # the last stage's copy of a tied embedding
     "input_norm": "input_layernorm",
     "post_attention_norm": "pre_mlp_layernorm",
     "post_attention_layernorm": "pre_mlp_layernorm",
@@ -97,11 +97,12 @@ class MegatronCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, directory: Path, args: Namespace, layout: Layout | None) -> None:
         self.path, self.layout = path, layout
-        self.root = path if (path / TRACKER).is_file() else directory.parent
+        self.root = path if (path / TRACKER).is_file() else directory.resolve().parent
         self.args = args
         # (Megatron name, layer) -> the shards of all tensor ranks
         self.shards: dict[tuple[str, int | None], list[View]] = {}
         self.config = self._read_config(directory)
+        self.transformer_impl = getattr(args, "transformer_impl", None) or "local"
 
     def _read_config(self, directory: Path) -> LlamaConfig:
         config = config_from_args(self.args, str(directory))

@@ -141,7 +141,7 @@ def write_durably(path: Path, content: bytes) -> None:
 @contextmanager
 def _building(path: Path, need: int, overwrite: bool, world: World) -> Iterator[Path]:
     """Give a directory beside `path`, and at the end put it in its place; when anything fails, leave nothing behind."""
-    path = path.absolute()
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolves "..", but no links
     partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "replaced"))
     lock = None
     try:
@@ -196,9 +196,14 @@ def _remove(path: Path) -> None:
 
 
 def _put_in_place(partial: Path, path: Path, old: Path) -> None:
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
+    try:
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
     _sync_directory(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -108,7 +108,7 @@ class Plan:
                 seed=int(content["seed"]),
             )
             plan._check()
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"{where} is not a pruning plan: {error!r}") from error
         except ValueError as error:
             raise ValueError(f"{where} is not a valid plan: {error}") from error
@@ -146,7 +146,7 @@ class Plan:
         if self.parent_fingerprint != (found := fingerprint(parent)):
             raise ValueError(
                 f"the plan is for a parent with fingerprint {self.parent_fingerprint}, but {parent.path} has {found}: "
-                "the same shape, other weights"
+                "the same shape, other weights or another dtype"
             )
 
 

@@ -18,9 +18,10 @@ class World:
     @classmethod
     def from_environment(cls) -> "World":
         """Join the processes that torchrun started, or stay alone."""
-        world = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-        if not 0 <= world.rank < world.size:
-            raise ValueError(f"RANK {world.rank} and WORLD_SIZE {world.size} of the environment do not fit each other")
+        rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+            raise ValueError(f"RANK {rank} and WORLD_SIZE {size} of the environment do not fit each other")
+        world = cls(int(rank), int(size))
         if world.size > 1:
             import torch.distributed
 

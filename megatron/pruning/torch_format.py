@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.pruning.checkpoint import Checkpoint
-from megatron.pruning.config import config_to_args
+from megatron.pruning.config import config_from_args, config_to_args
 from megatron.pruning.layout import Layout
 from megatron.pruning.megatron_format import (
     MegatronCheckpoint,
@@ -46,6 +46,8 @@ class TorchCheckpoint(MegatronCheckpoint):
         self.has_optimizer = "optimizer" in first or any(directory.glob("mp_rank_*/distrib_optim.pt"))
         for t in range(tensor):
             contents = [first if (t, p) == (0, 0) else _load_rank(ranks[t, p]) for p in range(pipeline)]
+            for p, content in enumerate(contents):
+                _check_same(ranks[0, 0], first, ranks[t, p], content)
             chunks = [_chunks(ranks[t, p], content) for p, content in enumerate(contents)]
             first_layer = 0
             # Virtual pipelines deal their chunks out in rounds: chunk 0 of every stage, then chunk 1, ...
@@ -77,9 +79,20 @@ class TorchCheckpoint(MegatronCheckpoint):
         return len(layers)
 
 
+def _check_same(first_path: Path, first: dict[str, Any], path: Path, content: dict[str, Any]) -> None:
+    """Raise ValueError unless two rank files are of one checkpoint."""
+    if content.get("iteration") != first.get("iteration"):
+        was, found = first.get("iteration"), content.get("iteration")
+        raise ValueError(f"{path} is of iteration {found}, but {first_path} of {was}")
+    a, b = (config_from_args(each["args"], str(where)) for each, where in ((first, first_path), (content, path)))
+    if a != b:
+        raise ValueError(f"{path} and {first_path} are of different models: their arguments disagree")
+
+
 def _chunks(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the model chunks of a rank file (one, or several of a virtual pipeline), each by flat keys."""
-    names = ["model"] if "model" in content else sorted(key for key in content if re.fullmatch(r"model\d+", str(key)))
+    numbered = [key for key in content if re.fullmatch(r"model\d+", str(key))]
+    names = ["model"] if "model" in content else [f"model{i}" for i in range(len(numbered))]
     chunks = [content.get(name) for name in names]
     if not chunks or not all(isinstance(chunk, dict) for chunk in chunks):
         raise ValueError(f"{path} has no 'model'")
@@ -121,6 +134,8 @@ def _load_rank(path: Path) -> dict[str, Any]:
     content = load_torch(path)
     if not isinstance(content, dict) or not isinstance(content.get("args"), Namespace):
         raise ValueError(f"{path} carries no Megatron arguments, so the model's shape is unknown")
+    if (version := content.get("checkpoint_version", 0)) < 2.0:
+        raise ValueError(f"{path} has checkpoint_version {version}: before 2.0 the rows of qkv have another order")
     return content
 
 

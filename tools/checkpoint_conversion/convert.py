@@ -13,8 +13,6 @@ The format of --load is detected. Tokenizer files travel along.
 """
 
 import argparse
-import dataclasses
-import sys
 from collections.abc import Sequence
 
 from megatron.pruning.arguments import (
@@ -25,9 +23,8 @@ from megatron.pruning.arguments import (
     new_parser,
     run,
     say_source,
+    set_vocabulary,
 )
-from megatron.pruning.checkpoint import Checkpoint
-from megatron.pruning.config import LlamaConfig
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.output import check_target
 from megatron.pruning.processes import World
@@ -37,20 +34,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser("convert.py", __doc__)
     add_checkpoint_flags(parser)
-    parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="without padding, where a Megatron source does not say"
-    )
     add_layout_flags(parser)
     return parser.parse_args(hyphenated(argv))
-
-
-def with_vocabulary(source: Checkpoint, size: int) -> LlamaConfig:
-    """Return the source's config with another vocabulary. Raises ValueError if it has fewer rows."""
-    if not 1 <= size <= source.config.vocab_size:
-        raise ValueError(
-            f"--vocab-size {size} must lie between 1 and the {source.config.vocab_size} rows of {source.path}"
-        )
-    return dataclasses.replace(source.config, vocab_size=size)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -58,18 +43,11 @@ def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     check_target(args.save, args.overwrite)
     source = open_checkpoint(args.load, args.iteration)
-    if args.vocab_size is not None:
-        source.config = with_vocabulary(source, args.vocab_size)
+    set_vocabulary(source, args)
     layout = layout_from_flags(args, source.layout)
     world = World.from_environment()
     if world.rank == 0:
         say_source(source)
-        if args.vocab_size is None and not source.vocab_is_known:
-            print(
-                f"warning: the source does not say its vocabulary: all {source.config.vocab_size} rows are kept, "
-                "padding or not; give --vocab-size",
-                file=sys.stderr,
-            )
     save_checkpoint(
         source,
         args.save,

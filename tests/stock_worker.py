@@ -1,0 +1,100 @@
+"""Run many cases of pretrain_gpt.py from one process: Megatron is imported once, and every rank is a fork.
+
+    python tests/stock_worker.py FOLDER
+
+Each line of standard input is a JSON list of cases {"name": NAME, "words": [FLAG, ...], "ranks": COUNT}, run two at a
+time in FOLDER; NAME.log there takes what all ranks of a case print. As each ends, "NAME STATUS" is printed: 0, or that
+of the first rank that failed. A case that takes too long is killed, as is what is left of one in which a rank failed.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from typing import Any, NoReturn
+
+from torch.distributed import TCPStore
+
+AT_ONCE, TIMEOUT, GRACE = 2, 90.0, 2.0  # cases; seconds for one, and for the others of a rank that failed
+
+
+class Case:
+    """The ranks of one run of the stock loop, as children of this process."""
+
+    def __init__(self, name: str, words: list[str], ranks: int) -> None:
+        self.name, self.status = name, 0
+        self.deadline = time.monotonic() + TIMEOUT
+        # Where the ranks meet. As under torchrun it is the parent's, which asked the system for a port: one that is
+        # found free and given back may be another case's before it is used.
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        world = {
+            "WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": f"{self.store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }  # fmt: skip
+        self.children: set[int] = set()
+        for rank in range(ranks):
+            child = os.fork()
+            if child == 0:
+                train(name, words, world | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
+            self.children.add(child)
+
+    def ended(self) -> bool:
+        """Reap the ranks that have ended, and kill those that never will."""
+        for child in sorted(self.children):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if not done:
+                continue
+            self.children.remove(child)
+            if status and not self.status:
+                self.status = os.waitstatus_to_exitcode(status)
+                self.deadline = min(self.deadline, time.monotonic() + GRACE)
+        if time.monotonic() > self.deadline:
+            for child in self.children:
+                os.kill(child, signal.SIGKILL)
+        return not self.children
+
+
+def train(name: str, words: list[str], settings: dict[str, str]) -> NoReturn:
+    """Be one rank of a case: what torchrun would start."""
+    import pretrain_gpt
+
+    os.environ.update(settings)
+    sys.argv = ["pretrain_gpt.py", *words]
+    log = os.open(f"{name}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    status: Any = 99
+    try:
+        pretrain_gpt.run()
+        status = 0
+    except SystemExit as leave:
+        status = leave.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def run(cases: list[dict[str, Any]]) -> None:
+    """Run the cases in order, `AT_ONCE` of them together."""
+    waiting, running = list(cases), list[Case]()
+    while waiting or running:
+        while waiting and len(running) < AT_ONCE:
+            running.append(Case(**waiting.pop(0)))
+        for case in [case for case in running if case.ended()]:
+            running.remove(case)
+            print(case.name, case.status, flush=True)
+        time.sleep(0.005)
+
+
+if __name__ == "__main__":
+    # Before the forks, which then have them: the loop, and what each rank would import for a second.
+    for module in ("pretrain_gpt", "megatron.core.tokenizers.text"):
+        importlib.import_module(module)
+
+    os.chdir(sys.argv[1])
+    for line in sys.stdin:
+        run(json.loads(line))
