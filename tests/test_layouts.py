@@ -6,6 +6,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from safetensors.torch import load_file, save_file
 from test_conversion import convert
 
 from megatron.pruning.config import config_from_hf, config_to_args, config_to_hf
+from megatron.pruning.dist_file import DistFile, Piece, metadata_bytes, object_bytes
+from megatron.pruning.dist_format import dist_output
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.layout import Layout
+from megatron.pruning.output import write_files
+from megatron.pruning.processes import World
 
 Content = dict[str, Any]
 
@@ -133,6 +138,22 @@ def test_older_names_of_a_tied_pipeline_with_its_copy_are_read(tmp_path: Path) -
     shutil.rmtree(shards / "release/mp_rank_00_001")
     save(shards, "mp_rank_00_001", last)
     wanted, found = tensors(source), tensors(convert(shards, tmp_path / "out", format="hf"))
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_torch_dist_by_layer_and_without_common_pt_is_read(gqa: Path, tmp_path: Path) -> None:
+    (whole,), texts = dist_output(open_checkpoint(gqa), Layout(), None)
+    pieces = [
+        Piece(piece.name.replace("layers.", f"layers.{piece.layer}.", 1) if piece.layer is not None else piece.name,
+              None, piece.view)
+        for piece in whole.pieces
+    ]  # fmt: skip
+    with torch.serialization.safe_globals([Namespace]):
+        common = torch.load(BytesIO(texts.pop("release/common.pt")), weights_only=True)
+    file = DistFile(whole.name, pieces, {"common_state/shard_0_1": object_bytes([common])})
+    texts["release/.metadata"] = metadata_bytes([file], 4)
+    write_files([file], texts, tmp_path / "m", "writing", False, World())
+    wanted, found = tensors(gqa), tensors(convert(tmp_path / "m", tmp_path / "out", format="hf"))
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
 
 
