@@ -4,9 +4,11 @@ import fcntl
 import os
 import shutil
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -17,6 +19,9 @@ from tqdm import tqdm
 from megatron.pruning.processes import World
 from megatron.pruning.views import View, blocks
 
+# Threads that fill one file: reading, gathering and writing all release Python's lock.
+_WRITERS = min(4, os.cpu_count() or 1)
+
 
 class Progress:
     """One bar with rate and ETA on a terminal, a plain line every ten seconds in a log; quiet unless `show`."""
@@ -25,12 +30,17 @@ class Progress:
         self.what, self.total, self.done, self.show = what, total_bytes, 0, show
         self.start = self.last_line = time.monotonic()
         self.bar = None
+        self.lock = threading.Lock()
         if show and sys.stderr.isatty():
             self.bar = tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, leave=False)
 
     def advance(self, count: int) -> None:
         """Count `count` more bytes as written."""
-        self.done += count
+        with self.lock:
+            self.done += count
+            self._show(count)
+
+    def _show(self, count: int) -> None:
         if self.bar is not None:
             self.bar.update(count)
         elif self.show and time.monotonic() - self.last_line > 10:
@@ -66,11 +76,22 @@ class OutputFile(ABC):
         path.parent.mkdir(parents=True, exist_ok=True)
         offsets = self.lay_out(path)
         with path.open("r+b", buffering=0) as file:
-            for key, view in self.views.items():
-                for start, bits in blocks(view):
-                    _write_all(file, memoryview(bits.reshape(-1).view(np.uint8)), offsets[key] + start)
-                    progress.advance(bits.nbytes)
+            with ThreadPoolExecutor(_WRITERS) as pool:
+                tasks = [pool.submit(_fill, file, offsets[key], view, progress) for key, view in self.views.items()]
+                try:
+                    for task in as_completed(tasks):
+                        task.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
             os.fsync(file.fileno())
+
+
+def _fill(file: FileIO, offset: int, view: View, progress: Progress) -> None:
+    """Write one tensor, block by block."""
+    for start, bits in blocks(view):
+        _write_all(file, memoryview(bits.reshape(-1).view(np.uint8)), offset + start)
+        progress.advance(bits.nbytes)
 
 
 def _write_all(file: FileIO, data: memoryview, offset: int) -> None:

@@ -8,9 +8,9 @@ Values are moved as raw bits (signed integers of the element's width), so every 
 payloads included, arrives as it left.
 """
 
-import functools
 import itertools
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,23 +57,27 @@ class File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = path.stat().st_size
+        self._descriptor: int | None = None
+        self._opening = threading.Lock()
 
-    @functools.cached_property
-    def _descriptor(self) -> int:
-        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+    def _open(self) -> int:
+        with self._opening:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptor
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset` on; raises ValueError if the file ends first."""
-        done = 0
+        done, descriptor = 0, self._open()
         while done < len(buffer):
-            count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
             if count == 0:
                 raise ValueError(f"{self.path} ends at byte {offset + done}, {len(buffer) - done} bytes too early")
             done += count
 
     def __del__(self) -> None:
-        if "_descriptor" in self.__dict__:
-            os.close(self._descriptor)
+        if (descriptor := getattr(self, "_descriptor", None)) is not None:
+            os.close(descriptor)
 
 
 class Stored(View):
