@@ -65,6 +65,13 @@ def test_converting_a_billion_parameters_takes_less_than_a_gibibyte(big: Path, t
     assert peak_megabytes(convert, "--load", str(big), *target) < 1024
 
 
+def test_pruning_from_hugging_face_to_hugging_face_takes_less_than_100_megabytes(big: Path, tmp_path: Path) -> None:
+    remain = "--hidden-size-remain 1536 --ffn-hidden-size-remain 4224 --drop-layers 5,9,12,15 --format hf".split()
+    assert (
+        peak_megabytes(str(ROOT / "prune_llama.py"), "--load", str(big), "--save", str(tmp_path / "p"), *remain) < 100
+    )
+
+
 def test_pruning_a_billion_parameters_takes_less_than_a_gibibyte(big: Path, tmp_path: Path) -> None:
     remain = "--hidden-size-remain 1536 --ffn-hidden-size-remain 4224 --num-attention-heads-remain 24".split()
     target = ["--save", str(tmp_path / "p"), "--drop-layers", "5,9,12,15", "--tensor-model-parallel-size", "4"]
