@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +158,13 @@ def test_command_says_one_sentence_and_exits_with_1(tmp_path: Path, model: Path)
     assert done.returncode == 1
     (said,) = done.stderr.splitlines()  # and nothing of what is not installed
     assert said.startswith(f"error: {lines} line 1: not valid JSON")
+
+
+def test_a_killed_worker_ends_the_run_in_a_sentence(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", ['{"text": "a"}'] * 40)
+    monkeypatch.setattr(tool, "_encode", lambda line: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ValueError, match="a worker died"):
+        tool.main(command([lines], tmp_path / "out" / "p", model, "--workers", "2"))
+    assert not list((tmp_path / "out").iterdir())

@@ -18,8 +18,13 @@ instead. Existing output of the same name is replaced, by a rename at the end.
 import argparse
 import json
 import multiprocessing
+import signal
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import batched
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +39,7 @@ TOKENIZER_TYPES = (
     "TikTokenizer NullTokenizer"
 ).split()
 CHUNK = 16  # lines that a worker takes at a time
+AHEAD = 4  # chunks that wait for each worker
 
 
 class Line(NamedTuple):
@@ -219,8 +225,19 @@ def _encode_all(args: argparse.Namespace, inputs: list[Path], tokenizer: Any) ->
     # Forked workers inherit the tokenizer; where there is no fork each builds its own.
     fork = "fork" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if fork else "spawn")
-    with context.Pool(args.workers, None if fork else _start_worker, () if fork else (args,)) as pool:
-        yield from pool.imap(_encode, _lines(inputs), chunksize=CHUNK)
+    pool = ProcessPoolExecutor(args.workers, context, _start_worker, (args, tokenizer if fork else None))
+    waiting: deque[Future[list[Encoded]]] = deque()
+    try:
+        for chunk in batched(_lines(inputs), CHUNK):
+            waiting.append(pool.submit(_encode_chunk, chunk))
+            if len(waiting) > args.workers * AHEAD:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError("a worker died (killed, or out of memory?); --workers 1 needs the least memory") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _lines(inputs: list[Path]) -> Iterator[Line]:
@@ -241,7 +258,14 @@ _worker: _Worker  # of this process
 
 def _start_worker(args: argparse.Namespace, tokenizer: Any = None) -> None:
     global _worker
+    if multiprocessing.parent_process():  # the terminal's Ctrl-C is the parent's to answer
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _worker = _Worker(tokenizer or build_tokenizer(args), args.json_keys, args.append_eod)
+
+
+def _encode_chunk(lines: tuple[Line, ...]) -> list[Encoded]:
+    return [_encode(line) for line in lines]
 
 
 def _encode(line: Line) -> Encoded:
