@@ -1,15 +1,37 @@
 """Tiny Llamas that everything is tested on, made by transformers."""
 
+import argparse
+import signal
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron.pruning.torch_file import MEGATRON_CLASSES, PLAIN_CLASSES
+# What the rank files of Megatron-LM hold beside tensors and plain values.
+_NUMPY_RECONSTRUCT: Any = np.ndarray(0).__reduce__()[0]
+PLAIN_CLASSES: list[Any] = [
+    argparse.Namespace,
+    signal.Signals,
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    *((_NUMPY_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+]
+MEGATRON_CLASSES = (
+    "megatron.core.enums.ModelType",
+    "megatron.core.rerun_state_machine.RerunDiagnostic",
+    "megatron.core.rerun_state_machine.RerunMode",
+    "megatron.core.rerun_state_machine.RerunState",
+    "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.transformer.enums.CudaGraphModule",
+    "megatron.core.transformer.enums.CudaGraphScope",
+    "megatron.core.transformer.enums.InferenceCudaGraphScope",
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 

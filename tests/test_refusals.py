@@ -163,7 +163,7 @@ def truncate(path: Path, to: float) -> None:
             damaged(lambda state: state.update({Q: torch.ones(48, 41)})),
             r"q_proj.weight has shape \(48, 41\).*48, 40",
         ),
-        (damaged(lambda state: state.update({Q: torch.ones(48, 40).int()})), r"q_proj.weight has dtype I32; only"),
+        (damaged(lambda state: state.update({Q: torch.ones(48, 40).int()})), r"q_proj.weight has dtype 'I32'; only"),
         (lambda path: truncate(path / "model.safetensors", 0.5), r"has \d+ bytes, but a tensor of it ends at \d+"),
         (lambda path: truncate(path / "model.safetensors", 0.001), r"claims a header of \d+ bytes"),
         (lambda path: truncate(path / "model.safetensors", 0), r"ends at byte 0, 8 bytes too early"),
@@ -248,7 +248,7 @@ FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
         (rewritten("mp_rank_00_000", lambda c: c["model"].update({FC1: 5})), r"linear_fc1.weight is int, not a tensor"),
         (
             rewritten("mp_rank_00_000", lambda c: c["model"].update({FC1: torch.ones(72, 40).double()})),
-            r"linear_fc1.weight has dtype torch.float64; only",
+            r"linear_fc1.weight is of torch.DoubleStorage; only",
         ),
         (
             rewritten("mp_rank_01_001", lambda c: c.update(iteration=7)),
@@ -269,7 +269,7 @@ FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
         (rewritten("mp_rank_00_000", lambda c: c.update(model=torch.ones(1))), r"has no 'model'"),
         (
             lambda path: [shutil.rmtree(path / f"release/mp_rank_01_00{p}") for p in (0, 1)],
-            r"rank files for tensor_model_parallel_size 1, but its arguments say 2",
+            r"rank files for tensor_model_parallel_size 1, but .*mp_rank_00_000.* says 2",
         ),
         (lambda path: (path / "release/mp_rank_00").mkdir(), r"two directories for one rank"),
         (lambda path: (path / "release/.metadata").write_text(""), r"is not the metadata of a checkpoint"),
@@ -348,7 +348,7 @@ def test_a_pickle_that_would_run_code_does_not_run(gqa: Path, tmp_path: Path) ->
         convert(source, tmp_path / "out", format="hf")
     dist = convert(gqa, tmp_path / "dist", format="torch_dist")
     (dist / "release/.metadata").write_bytes(pickle.dumps({"storage_data": Bomb(trace)}))
-    with pytest.raises(ValueError, match=r"posix.system has no place in the metadata"):
+    with pytest.raises(ValueError, match=r".metadata holds more than data and was not loaded: it names posix.system"):
         convert(dist, tmp_path / "out", format="hf")
     torch.save(Bomb(trace), dist / "release/common.pt")
     whole = convert(gqa, tmp_path / "d2", format="torch_dist")

@@ -3,6 +3,10 @@
     python tools/show_checkpoint.py runs/pruned
     python tools/show_checkpoint.py runs/pruned --weights
     python tools/show_checkpoint.py assets/tiny-llama --digest
+    python tools/show_checkpoint.py runs/pruned --verify        # is every file still as it was written?
+
+--verify reads every file again and compares its length and crc32 with the manifest.json that lies beside them since
+they were written; it names each file that differs or is missing (status 1), and those that came later.
 
 The digest is of the logical weights: the same for the same model in every format and layout, so that a conversion of
 any size can be checked without loading a model. It changes with the dtype (weights of several dtypes that Megatron
@@ -19,6 +23,7 @@ import numpy as np
 from megatron.pruning.arguments import new_parser, run
 from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.formats import open_checkpoint
+from megatron.pruning.manifest import MANIFEST, read_manifest, verify
 from megatron.pruning.output import Progress
 from megatron.pruning.views import View, blocks, cast
 
@@ -29,6 +34,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of any format")
     parser.add_argument("--iteration", type=int, metavar="N", help="of a Megatron checkpoint (default: the latest)")
     parser.add_argument("--weights", action="store_true", help="list every logical weight: shape, dtype, L2 norm")
+    parser.add_argument("--verify", action="store_true", help=f"check all files against {MANIFEST}")
     parser.add_argument("--digest", action="store_true", help="print the digest of all logical weights")
     return parser.parse_args(argv)
 
@@ -83,9 +89,25 @@ def digest(checkpoint: Checkpoint) -> str:
     return total.hexdigest()
 
 
+def check_files(directory: Path) -> None:
+    """Print what is not as the manifest says. Raises ValueError when a file differs or is missing, or without one."""
+    named = read_manifest(directory / MANIFEST)
+    found = {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
+    problems = verify(directory)
+    for line in problems + [
+        f"{directory / name} is not in the manifest" for name in sorted(found - {*named, MANIFEST})
+    ]:
+        print(line)
+    if problems:
+        raise ValueError(f"{len(problems)} of the {len(named)} files of {directory} are not as they were written")
+    print(f"verified: all {len(named)} files, {sum(digest.length for digest in named.values()):,} bytes")
+
+
 def main(argv: Sequence[str]) -> None:
     """Open, print."""
     args = parse(argv)
+    if args.verify:  # first: what is damaged may not open
+        check_files(args.path)
     checkpoint = open_checkpoint(args.path, args.iteration)
     print(describe(checkpoint))
     if args.weights:

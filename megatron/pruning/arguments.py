@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from megatron.pruning.checkpoint import Checkpoint
@@ -20,9 +21,14 @@ from megatron.pruning.views import BYTES
 _FLAGS_FILE = Path(__file__).with_name("megatron_flags.txt")
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Call `main` with the command line; a mistake of the user ends in one `error:` line and status 1."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is cleaned up
+def run(main: Callable[[Sequence[str]], None], left: str = "nothing was left behind") -> None:
+    """Call `main` with the command line; a mistake of the user ends in one `error:` line and status 1.
+
+    A signal to end lets what was begun be cleaned up first, and ends in a line that says what is `left`.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _end_by_signal)
     try:
         main(sys.argv[1:])
     except ValueError as error:
@@ -31,8 +37,23 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         _end(str(error), 1)
     except OSError as error:
         _end(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1)
+    except _EndedError as ended:
+        _end(f"ended by {signal.Signals(ended.number).name}; {left}", 128 + ended.number)
     except KeyboardInterrupt:
-        _end("interrupted; nothing was left behind", 130)
+        _end(f"interrupted; {left}", 130)
+
+
+class _EndedError(BaseException):
+    """A signal told this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _end_by_signal(number: int, _: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: the second would interrupt the cleaning up
+    raise _EndedError(number)
 
 
 def is_first() -> bool:
@@ -47,7 +68,9 @@ def _rank() -> int:
 
 def _end(message: str, status: int) -> NoReturn:
     where = f"[rank {_rank()}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"{where}error: {message}", file=sys.stderr)
+    # A name out of a broken file may hold anything: line breaks, or what commands a terminal.
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:2000])
+    print(f"{where}error: {plain}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -56,6 +79,20 @@ def new_parser(prog: str, doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+
+
+def positive(text: str) -> int:
+    """Read a number of at least 1."""
+    if (value := natural(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return value
+
+
+def natural(text: str) -> int:
+    """Read a number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
 
 
 def hyphenated(argv: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,14 +42,17 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for name in (*AXIS_OF_FIELD, "max_position_embeddings"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}: it must be a positive whole number")
+            limit = _LIMITS.get(name, 1 << 24)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise ValueError(f"{name} is {reprlib.repr(value)}: it must be a whole number from 1 to {limit}")
         for name in ("norm_epsilon", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}: it must be a positive number")
+                raise ValueError(f"{name} is {reprlib.repr(value)}: it must be a positive number")
         if not isinstance(self.tied, bool):
-            raise ValueError(f"tie_word_embeddings is {self.tied!r}: it must be true or false")
+            raise ValueError(f"tie_word_embeddings is {reprlib.repr(self.tied)}: it must be true or false")
+        if self.num_attention_heads * self.head_dim > 1 << 24:
+            raise ValueError(f"{self.num_attention_heads} heads of {self.head_dim} are more than any model has")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
@@ -75,6 +79,9 @@ class LlamaConfig:
         changes: dict[str, Any] = {name: sizes[axis] for name, axis in AXIS_OF_FIELD.items() if axis in sizes}
         return dataclasses.replace(self, **changes)
 
+
+# What no model reaches (other sizes: 2**24): a wrong number shall end in a sentence, not in a loop over it.
+_LIMITS = {"num_layers": 10_000, "max_position_embeddings": 1 << 40}
 
 AXIS_OF_FIELD = {
     "num_layers": "layers",
@@ -130,34 +137,28 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> LlamaConfig:
     Raises ValueError for a missing or wrong field and for a model that is not a dense Llama.
     """
     for name, allowed in _HF_REQUIRED.items():
-        value = hf.get(
-            name, _HF_UNSAID.get(hf.get("model_type"), {}).get(name, allowed[0] if name != "model_type" else None)
-        )
+        unsaid = _HF_UNSAID.get(str(hf.get("model_type")), {})
+        value = hf.get(name, unsaid.get(name, allowed[0] if name != "model_type" else None))
         if name == "sliding_window" and hf.get("model_type") in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
             continue  # a width that is not used
         if value not in allowed:
-            known = " or ".join(map(repr, allowed))
-            raise ValueError(f"{where}: {name} is {value!r}, but a dense Llama, which this program is for, has {known}")
+            known, found = " or ".join(map(repr, allowed)), reprlib.repr(value)
+            raise ValueError(f"{where}: {name} is {found}, but a dense Llama, which this program is for, has {known}")
     kinds = hf.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise ValueError(f"{where}: layer_types has others than full_attention, which is all that is pruned here")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"{where}: the rope parameters are {rope!r}, not an object")
+        raise ValueError(f"{where}: the rope parameters are {reprlib.repr(rope)}, not an object")
     rope = dict(rope)
     theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
     if rope.get("partial_rotary_factor") in (1.0, None):
         rope.pop("partial_rotary_factor", None)
     # What config.json leaves out has transformers' defaults, not ours.
     unsaid = _HF_UNSAID.get(hf["model_type"], {})
-    fields: dict[str, Any] = {
-        "norm_epsilon": 1e-6,
-        "max_position_embeddings": unsaid.get("max_position_embeddings", 2048),
-    }
-    if "head_dim" in unsaid:
-        fields["head_dim"] = unsaid["head_dim"]
+    fields: dict[str, Any] = {"norm_epsilon": 1e-6, "max_position_embeddings": 2048}
+    fields |= {name: value for name, value in unsaid.items() if name != "sliding_window"}
     fields |= {ours: hf[theirs] for ours, theirs in _HF_NAMES.items() if hf.get(theirs) is not None}
     for ours in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
         if ours not in fields:
@@ -165,7 +166,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> LlamaConfig:
     fields.setdefault("num_query_groups", fields["num_attention_heads"])
     try:
         fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
-        fields["norm_epsilon"] = float(fields["norm_epsilon"])
+        fields["norm_epsilon"], _ = float(fields["norm_epsilon"]), float(rope.get("factor", 1))
         return LlamaConfig(
             **fields,
             rope_theta=float(theta),
@@ -173,7 +174,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> LlamaConfig:
             features=FAMILIES[hf["model_type"]][1],
             other={name: value for name, value in hf.items() if name not in _HF_OWNED},
         )
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
@@ -253,7 +254,7 @@ def config_from_args(args: Namespace, where: str) -> LlamaConfig:
 
     for name, wanted in LLAMA_ARGS.items():
         if get(name) not in (None, wanted):
-            raise ValueError(f"{where}: its argument {name} is {get(name)!r}, but a Llama's is {wanted!r}")
+            raise ValueError(f"{where}: its argument {name} is {reprlib.repr(get(name))}, but a Llama's is {wanted!r}")
     missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if get(name) is None]
     if missing:
         raise ValueError(f"{where}: its arguments lack {', '.join(missing)}")
@@ -281,7 +282,7 @@ def config_from_args(args: Namespace, where: str) -> LlamaConfig:
             max_position_embeddings=get("max_position_embeddings", get("seq_length", 4096)),
             features=features,
         )
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: its arguments are not a Llama's: {error}") from error
 
 

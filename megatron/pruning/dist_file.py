@@ -1,49 +1,24 @@
 """Files of torch.distributed.checkpoint (DCP): `.metadata` says where each chunk of each tensor lies in .distcp files.
 
-`.metadata` is a pickle of a protocol that torch's weights-only unpickler does not read. `_Inert` stands in for every
-class in it, and nothing else can be reached: unpickling builds plain records and runs no code of torch or anybody. Each
-entry of a .distcp file is a whole file of torch.save, read as torch_file.py reads those.
+`.metadata` is a pickle, read as data (see pickled_data.py). Each entry of a .distcp file is a whole file of torch.save,
+read as torch_file.py reads those.
 """
 
 import functools
-import io
-import pickle
-import tempfile
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from megatron.pruning.checkpoint import read_small
 from megatron.pruning.output import OutputFile
-from megatron.pruning.torch_file import DTYPES, data_offset, load_torch
+from megatron.pruning.pickled_data import NotDataError, Record, read_pickle
+from megatron.pruning.torch_archive import Built, Global, Made, archive, dtype_of, pickled, tensor
+from megatron.pruning.torch_file import MAX_HEADER_BYTES, Window, data_offset, load_torch
 from megatron.pruning.views import TORCH_NAMES, Bits, File, Index, Stored, View
 
 METADATA = ".metadata"
-
-
-class _Inert:
-    """A record in the place of whatever class a pickle names."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
-
-
-class _InertUnpickler(pickle.Unpickler):
-    """Builds records only: every class is inert, a torch.Size a tuple, a dtype its name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        if module == "torch" and name.isidentifier():
-            return f"torch.{name}"  # a dtype: a string in its place cannot be called
-        if module.split(".")[0] in ("torch", "pathlib", "megatron", "collections"):
-            return type(name, (_Inert,), {})
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in the metadata of a checkpoint")
 
 
 @dataclass(frozen=True)
@@ -70,73 +45,55 @@ def read_metadata(directory: Path) -> dict[str, Entry]:
     """Return what a DCP checkpoint holds, by name. Raises ValueError when its `.metadata` is not right."""
     path = directory / METADATA
     try:
-        with path.open("rb") as file:
-            content = _InertUnpickler(file).load()
-        shapes, dtypes, sizes = {}, {}, {}
-        for name, entry in content.state_dict_metadata.items():
-            shapes[name] = _numbers(entry.size) if hasattr(entry, "size") else None
-            dtypes[name] = _dtype(entry.properties) if hasattr(entry, "properties") else None
-            for chunk in getattr(entry, "chunks", ()):
-                sizes[name, _numbers(chunk.offsets)] = _numbers(chunk.sizes)
-        chunks: dict[str, list[Chunk]] = {}
-        for index, place in content.storage_data.items():
-            offsets = _numbers(getattr(index, "offset", None) or ())
-            if Path(place.relative_path).name != place.relative_path:
-                raise ValueError(f"it names {place.relative_path}, outside its own directory")
-            start, length = _numbers((place.offset, place.length))
-            box = sizes.get((index.fqn, offsets), ())
-            found = Chunk(directory / place.relative_path, start, length, offsets, box)
-            chunks.setdefault(index.fqn, []).append(found)
-        return {name: Entry(shape, dtypes[name], tuple(chunks.get(name, ()))) for name, shape in shapes.items()}
-    except Exception as error:  # whatever a damaged pickle runs into
+        return _entries(directory, read_pickle(read_small(path, MAX_HEADER_BYTES), {"torch.Size": tuple}))
+    except NotDataError as error:
+        raise ValueError(f"{path} holds more than data and was not loaded: {error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # whatever is not the expected record
         raise ValueError(f"{path} is not the metadata of a checkpoint: {error}") from error
 
 
-def _dtype(properties: Any) -> str | None:
+def _entries(directory: Path, content: Record) -> dict[str, Entry]:
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    dtypes, sizes = {}, {}
+    for name, entry in content["state_dict_metadata"].items():
+        is_tensor = isinstance(entry.state, dict) and "chunks" in entry.state
+        shapes[name] = _numbers(entry["size"]) if is_tensor else None
+        dtypes[name] = _dtype(entry["properties"]) if is_tensor else None
+        for chunk in entry["chunks"] if is_tensor else ():
+            sizes[name, _numbers(chunk["offsets"])] = _numbers(chunk["sizes"])
+    chunks: dict[str, dict[tuple[int, ...], Chunk]] = {name: {} for name in shapes}
+    places: list[tuple[str, int, int, str]] = []
+    for index, place in content["storage_data"].items():
+        name, offsets, file = index["fqn"], _numbers(index.state.get("offset") or ()), place["relative_path"]
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"it names {file}, outside its own directory")
+        start, length = _numbers((place["offset"], place["length"]))
+        if name not in chunks or offsets in chunks[name]:
+            raise ValueError(f"it places {name} at {offsets} twice, or without saying what it is")
+        chunks[name][offsets] = Chunk(directory / file, start, length, offsets, sizes.get((name, offsets), ()))
+        places.append((file, start, start + length, name))
+    for before, after in itertools.pairwise(sorted(places)):
+        if before[0] == after[0] and after[1] < before[2]:
+            raise ValueError(f"{before[3]} and {after[3]} share bytes of {after[0]} from {after[1]} on")
+    return {name: Entry(shape, dtypes[name], tuple(chunks[name].values())) for name, shape in shapes.items()}
+
+
+def _dtype(properties: Record) -> str | None:
     """Return the project's name of a tensor's dtype, None for one that no Llama weight has."""
-    found = properties.dtype if hasattr(properties, "dtype") else properties.state[0]
+    found = properties["dtype"] if isinstance(properties.state, dict) else properties.state[0]
     return {f"torch.{theirs}": ours for ours, theirs in TORCH_NAMES.items()}.get(found)
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
     numbers = tuple(values)
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+    if not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError(f"{numbers} should be numbers from 0 on")
     return numbers
 
 
-class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
-
-    def __init__(self, file: File, start: int, length: int) -> None:
-        if start + length > file.size:
-            raise ValueError(f"{file.path} has {file.size} bytes, but an entry of it ends at {start + length}")
-        self.file, self.start, self.length, self.position = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self.length - self.position))
-        self.file.read_into(view[:count], self.start + self.position)
-        self.position += count
-        return count
-
-
 def load_object(chunk: Chunk) -> Any:
     """Return a bytes object: it is data, loaded as a rank file is, and lies in a list of one."""
-    content = load_torch(chunk.path, _Window(File(chunk.path), chunk.start, chunk.length))
+    content = load_torch(chunk.path, Window(File(chunk.path), chunk.start, chunk.length))
     return content[0] if isinstance(content, list) and len(content) == 1 else content
 
 
@@ -150,44 +107,22 @@ class StoredChunk(View):
     @functools.cached_property
     def _stored(self) -> Stored:
         chunk = self.chunk
-        tensor = load_torch(self.file.path, _Window(self.file, chunk.start, chunk.length))
+        tensor = load_torch(self.file.path, Window(self.file, chunk.start, chunk.length))
         offset = chunk.start + data_offset(self.file, self.name, tensor) + (self.layer or 0) * self.nbytes
-        if (tuple(tensor.shape), DTYPES[tensor.dtype]) != (chunk.sizes, self.dtype):
+        if (tensor.shape, tensor.dtype) != (chunk.sizes, self.dtype):
             raise ValueError(
-                f"{self.file.path}: {self.name} is {tuple(tensor.shape)} of {tensor.dtype}, "
+                f"{self.file.path}: {self.name} is {tensor.shape} of {tensor.dtype}, "
                 f"its metadata says {chunk.sizes} of {self.dtype}"
             )
         return Stored(self.file, offset, self.shape, self.dtype)
 
-    def read(self, rows: Index) -> Bits:
-        return self._stored.read(rows)
-
-
-@functools.cache
-def _envelope(shape: tuple[int, ...], dtype: str) -> tuple[bytes, int, bytes]:
-    """Return a file of torch.save of one tensor as what stands before its data, their length, and what stands after."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "archive"
-        with torch.serialization.skip_data():
-            torch.save(torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[dtype])), path)
-        file = File(path)
-        view = stored_bytes(file, load_torch(path))
-        head, tail = bytearray(view[0]), bytearray(file.size - sum(view))
-        file.read_into(memoryview(head), 0)
-        file.read_into(memoryview(tail), sum(view))
-    return bytes(head), view[1], bytes(tail)
-
-
-def stored_bytes(file: File, tensor: torch.Tensor) -> tuple[int, int]:
-    """Return where the data of a file's only tensor begins, and its length."""
-    return data_offset(file, "tensor", tensor), tensor.numel() * tensor.element_size()
+    def read_into(self, rows: Index, out: Bits) -> None:
+        self._stored.read_into(rows, out)
 
 
 def object_bytes(value: Any) -> bytes:
     """Return a bytes object as DCP holds it: a file of torch.save."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+    return b"".join(part for part in archive(value, {}, {}) if isinstance(part, bytes))
 
 
 @dataclass(frozen=True)
@@ -197,6 +132,15 @@ class Piece:
     name: str
     layer: int | None
     view: View
+
+    @property
+    def key(self) -> str:
+        """Name of the piece in its file."""
+        return f"{self.name} {self.layer}"
+
+    def parts(self, checksums: Mapping[str, int]) -> Iterator[bytes | str]:
+        """Yield the piece as a file of torch.save of its own; see OutputFile."""
+        return archive(tensor(self.view, 0, self.sizes), {self.key: self.view.nbytes}, checksums)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -213,62 +157,59 @@ class DistFile(OutputFile):
     """A .distcp file of pieces, each one chunk, and of bytes objects by name."""
 
     def __init__(self, name: str, pieces: Sequence[Piece], objects: Mapping[str, bytes]) -> None:
-        super().__init__(name, {f"{piece.name} {piece.layer}": piece.view for piece in pieces})
+        super().__init__(name, {piece.key: piece.view for piece in pieces})
         self.pieces, self.objects = pieces, objects
 
     def places(self) -> Iterator[tuple[str, Piece | None, int, int]]:
         """Yield (name, piece or None for an object, start, length) of every entry, in file order."""
         start = 0
         for piece in self.pieces:
-            head, size, tail = _envelope(piece.sizes, piece.view.dtype)
-            length = len(head) + size + len(tail)
-            yield piece.name, piece, start, length
-            start += length
+            between = sum(len(part) for part in piece.parts({}) if isinstance(part, bytes))
+            yield piece.name, piece, start, between + piece.view.nbytes
+            start += between + piece.view.nbytes
         for name, content in self.objects.items():
             yield name, None, start, len(content)
             start += len(content)
 
-    def lay_out(self, path: Path) -> dict[str, int]:
-        offsets = {}
-        with path.open("wb") as file:
-            for name, piece, start, _ in self.places():
-                file.seek(start)
-                if piece is None:
-                    file.write(self.objects[name])
-                    continue
-                head, size, tail = _envelope(piece.sizes, piece.view.dtype)
-                file.write(head)
-                offsets[f"{name} {piece.layer}"] = file.tell()
-                file.seek(size, io.SEEK_CUR)
-                file.write(tail)
-        return offsets
+    def parts(self, checksums: Mapping[str, int]) -> Iterator[bytes | str]:
+        for piece in self.pieces:
+            yield from piece.parts(checksums)
+        yield from self.objects.values()
+
+
+def _checkpoint_class(name: str, module: str = "metadata") -> Global:
+    return Global(f"torch.distributed.checkpoint.{module}", name)
+
+
+def _size(numbers: Sequence[int]) -> Made:
+    return Made(Global("torch", "Size"), (tuple(numbers),))
 
 
 def metadata_bytes(files: Sequence[DistFile], layers: int) -> bytes:
-    """Return the `.metadata` of these files; stacked tensors have `layers` layers."""
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
+    """Return the `.metadata` of these files; stacked tensors have `layers` layers.
 
-    tensors: dict[str, Any] = {}
+    The records are those of torch/distributed/checkpoint/metadata.py, with the state that each pickles itself with.
+    """
+    index, info = _checkpoint_class("MetadataIndex"), _checkpoint_class("_StorageInfo", "filesystem")
+    strided = Made(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    contiguous = Made(_checkpoint_class("_MEM_FORMAT_ENCODING"), (0,))
+    tensors: dict[str, Built] = {}
     places = {}
     for file in files:
         for name, piece, start, length in file.places():
-            place = _StorageInfo(Path(file.name).name, start, length)
+            place = Built(info, {"relative_path": Path(file.name).name, "offset": start, "length": length})
             if piece is None:
-                tensors[name] = BytesStorageMetadata()
-                places[MetadataIndex(name)] = place
+                tensors[name] = Built(_checkpoint_class("BytesStorageMetadata"))
+                places[Built(index, {"fqn": name, "index": None})] = place
                 continue
-            whole = piece.sizes if piece.layer is None else (layers, *piece.sizes[1:])
-            dtype = getattr(torch, TORCH_NAMES[piece.view.dtype])
-            entry = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(whole), [])
-            chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
-            tensors.setdefault(name, entry).chunks.append(chunk)
-            places[MetadataIndex(name, chunk.offsets)] = place
-    return pickle.dumps(Metadata(state_dict_metadata=tensors, storage_data=places))
+            if name not in tensors:
+                whole = piece.sizes if piece.layer is None else (layers, *piece.sizes[1:])
+                # dtype, layout, requires_grad, memory format, pinned memory
+                properties = (dtype_of(piece.view), strided, False, contiguous, False)
+                state = {"properties": Built(_checkpoint_class("TensorProperties"), properties), "size": _size(whole)}
+                tensors[name] = Built(_checkpoint_class("TensorStorageMetadata"), {**state, "chunks": []})
+            chunk = {"offsets": _size(piece.offsets), "sizes": _size(piece.sizes)}
+            tensors[name].state["chunks"].append(Built(_checkpoint_class("ChunkStorageMetadata"), chunk))
+            places[Built(index, {"fqn": name, "index": None, "offset": chunk["offsets"]})] = place
+    whole_state = {"state_dict_metadata": tensors, "planner_data": None, "storage_data": places}
+    return pickled(Built(_checkpoint_class("Metadata"), {**whole_state, "storage_meta": None, "version": None}))

@@ -73,7 +73,7 @@ class DistCheckpoint(MegatronCheckpoint):
         if self.config.tied and name == "output_layer":
             return
         if not is_known(name, 0 if stacked else layer) or entry.shape is None:
-            raise ValueError(f"{directory} holds an unexpected tensor: {key}")
+            raise ValueError(f"{directory} holds an unexpected tensor: {key[:200]}")
         if entry.dtype is None:
             raise ValueError(f"{directory}: {key} is of a dtype that no Llama weight has")
         if not entry.shape or (stacked and entry.shape[0] != self.config.num_layers):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
+from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint, read_small
 from megatron.pruning.hf_format import HfCheckpoint, hf_output
 from megatron.pruning.layout import Layout
 from megatron.pruning.output import write_files
@@ -32,7 +32,7 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
             from megatron.pruning.dist_format import DistCheckpoint
 
             return DistCheckpoint(path, directory)
-        from megatron.pruning.torch_format import TorchCheckpoint  # imports torch: a second
+        from megatron.pruning.torch_format import TorchCheckpoint
 
         return TorchCheckpoint(path, directory)
     raise ValueError(
@@ -83,6 +83,6 @@ def save_checkpoint(
     else:
         raise ValueError(f"--format {format}: choose one of {', '.join(FORMATS)}")
     plan = checkpoint.root / PLAN_FILE
-    kept_plan = {PLAN_FILE: plan.read_bytes()} if plan.is_file() else {}
+    kept_plan = {PLAN_FILE: read_small(plan)} if plan.is_file() else {}
     all_texts = {**own_texts, **kept_plan, **(texts or {})}
     write_files(files, all_texts, path, f"writing {path}", overwrite, world or World())

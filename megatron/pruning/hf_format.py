@@ -2,10 +2,19 @@
 
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
-from megatron.pruning.checkpoint import Checkpoint, carried_files_of, check_keys, check_tensor
+from megatron.pruning.checkpoint import (
+    Checkpoint,
+    carried_files_of,
+    check_apart,
+    check_keys,
+    check_tensor,
+    parse_json,
+    read_small,
+)
 from megatron.pruning.config import LlamaConfig, config_from_hf, config_to_hf, hf_export_problem
 from megatron.pruning.output import OutputFile
 from megatron.pruning.safetensors_file import SafetensorsFile, read_safetensors
@@ -13,6 +22,7 @@ from megatron.pruning.table import Weight, all_weights, weight_shape
 from megatron.pruning.views import File, Stored, View, cast
 
 SHARD_BYTES = 5_000_000_000
+_MAX_JSON_BYTES = 10_000_000  # of a config.json or an index
 
 # Buffers that old exports stored: recomputed from the config, not weights.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -42,6 +52,7 @@ class HfCheckpoint(Checkpoint):
         rows = all_weights(self.config.num_layers, self.config.tied, self.config.features)
         expected = {weight.hf_key(layer): weight for weight, layer in rows}
         check_keys(str(self.path), set(self._stored), set(expected))
+        check_apart(self._stored.items())
         for key, weight in expected.items():
             check_tensor(str(self.path), key, self._stored[key], weight_shape(weight, self.config.sizes))
 
@@ -58,13 +69,7 @@ def read_hf_config(path: Path) -> LlamaConfig:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, not an object")
-    return value
+    return parse_json(read_small(path, _MAX_JSON_BYTES), str(path))
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -94,6 +99,8 @@ def _read_bin(path: Path) -> dict[str, Stored]:
     content = load_torch(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not a state dict")
+    if strange := [key for key in content if not isinstance(key, str)]:
+        raise ValueError(f"{path} holds a tensor called {reprlib.repr(strange[0])}")
     return {key: stored(file, key, tensor) for key, tensor in content.items() if not _IGNORED.fullmatch(key)}
 
 

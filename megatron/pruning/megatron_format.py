@@ -8,16 +8,17 @@ import functools
 import math
 import re
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from megatron.pruning.checkpoint import Checkpoint, carried_files_of, check_keys, check_tensor
+from megatron.pruning.checkpoint import Checkpoint, carried_files_of, check_apart, check_keys, check_tensor, read_small
 from megatron.pruning.config import LlamaConfig, config_from_args, config_to_command_line, config_to_hf
 from megatron.pruning.hf_format import as_json, read_hf_config
 from megatron.pruning.layout import Layout, fuse, fused_shape, pad_rows, unfuse
 from megatron.pruning.table import FIRST, LAST, TABLE, Weight, axes, layer_weights, split_dim
-from megatron.pruning.views import View, concat, take
+from megatron.pruning.views import View, cast, concat, read_all, take
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FILES = "huggingface"  # config.json and tokenizer, carried for the way back
@@ -47,6 +48,8 @@ _OLD_NAMES = {
     "mlp.dense_h_to_4h": "mlp.linear_fc1",
     "mlp.dense_4h_to_h": "mlp.linear_fc2",
 }
+# Of the largest value: what replicas of a weight may differ by.
+_DRIFT = 0.01
 _LAYER_KEY = re.compile(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.+)")
 
 
@@ -82,8 +85,8 @@ def find_iteration(path: Path, iteration: int | None = None) -> Path | None:
             raise ValueError(f"--iteration {iteration}: {path} has no {directory.name}; saved there: {saved}")
         return directory
     if (path / TRACKER).is_file():
-        latest = (path / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
-        if latest != "release" and not latest.isdecimal():
+        latest = read_small(path / TRACKER).decode("utf-8", errors="replace").strip()
+        if latest != "release" and not (latest.isdecimal() and len(latest) < 20):
             raise ValueError(f"{path / TRACKER} holds {latest[:40]!r}, neither a number nor 'release'")
         directory = path / (latest if latest == "release" else f"iter_{int(latest):07d}")
         if not directory.is_dir():
@@ -138,6 +141,7 @@ class MegatronCheckpoint(Checkpoint):
             if rows[0].feature is None or rows[0].feature in config.features
         }
         check_keys(where, {full_key(*key) for key in self.shards}, {full_key(*key) for key in expected})
+        check_apart((full_key(*key), shard) for key, shards in self.shards.items() for shard in shards)
         ranks = max(len(shards) for shards in self.shards.values())
         for key, shards in self.shards.items():
             if len(shards) != ranks:
@@ -154,6 +158,9 @@ class MegatronCheckpoint(Checkpoint):
                         f"{where}: layer {layer} has {total} {axis} on all ranks together, "
                         f"but its arguments say {config.sizes[axis]}"
                     )
+        for (name, layer), shards in self.shards.items():
+            if split_dim(FUSED[name][0]) is None:
+                _check_replicas(where, full_key(name, layer), shards)
         rows = sum(self._rank_sizes(None, rank)["vocab"] for rank in range(ranks))
         if rows < config.vocab_size:
             raise ValueError(f"{where}: its embedding has {rows} rows for a vocabulary of {config.vocab_size}")
@@ -171,6 +178,22 @@ class MegatronCheckpoint(Checkpoint):
 
     def carried_files(self) -> dict[str, bytes]:
         return carried_files_of(self.root / HF_FILES)
+
+
+def _check_replicas(where: str, key: str, shards: Sequence[View]) -> None:
+    """Raise ValueError when the tensor ranks hold different values of a weight that each of them has whole.
+
+    Training may let them drift apart by rounding; shards of different models differ by far more.
+    """
+    with np.errstate(invalid="ignore"):  # a signalling NaN is no reason for a warning
+        first, *others = (read_all(cast(shard, "fp32")).view(np.float32).astype(np.float64) for shard in shards)
+    for rank, other in enumerate(others, 1):
+        largest = np.abs(other - first).max(initial=0.0)  # NaN where only one has an infinity or a NaN
+        if not np.array_equal(first, other, equal_nan=True) and not largest <= _DRIFT * np.abs(first).max(initial=0.0):
+            raise ValueError(
+                f"{where}: {key} on tensor ranks 0 and {rank} differs by up to {largest:.3g}: all ranks should hold "
+                "the same, so one of them is of another model or another time"
+            )
 
 
 def rank_views(checkpoint: Checkpoint, layout: Layout, t: int, p: int) -> dict[tuple[str, int | None], View]:

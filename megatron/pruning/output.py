@@ -8,34 +8,31 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
+from megatron.pruning.filling import Segment, fill, finish
+from megatron.pruning.manifest import MANIFEST, Digest, manifest_bytes, read_manifest
 from megatron.pruning.processes import World
-from megatron.pruning.views import View, blocks
-
-# Threads that fill one file: reading, gathering and writing all release Python's lock.
-_WRITERS = min(4, os.cpu_count() or 1)
+from megatron.pruning.views import View
 
 
 class Progress:
     """One bar with rate and ETA on a terminal, a plain line every ten seconds in a log; quiet unless `show`."""
 
-    def __init__(self, what: str, total_bytes: int, show: bool) -> None:
-        self.what, self.total, self.done, self.show = what, total_bytes, 0, show
+    def __init__(self, what: str, total: int, show: bool, unit: str = "B", before: int = 0) -> None:
+        """`before` of the `total` units were done by an earlier run."""
+        self.what, self.total, self.done, self.show, self.unit, self.before = what, total, before, show, unit, before
         self.start = self.last_line = time.monotonic()
         self.bar = None
         self.lock = threading.Lock()
         if show and sys.stderr.isatty():
-            self.bar = tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, leave=False)
+            from tqdm import tqdm  # a tenth of a second that --help and logs do without
+
+            self.bar = tqdm(total=total, desc=what, unit=unit, initial=before, unit_scale=True, leave=False)
 
     def advance(self, count: int) -> None:
-        """Count `count` more bytes as written."""
+        """Count `count` more units, bytes unless told otherwise, as done."""
         with self.lock:
             self.done += count
             self._show(count)
@@ -45,9 +42,10 @@ class Progress:
             self.bar.update(count)
         elif self.show and time.monotonic() - self.last_line > 10:
             self.last_line = time.monotonic()
-            rate = self.done / (self.last_line - self.start)
+            rate = (self.done - self.before) / (self.last_line - self.start)
             left = (self.total - self.done) / rate
-            print(f"{self.what}: {self.done / self.total:.0%}, {rate / 1e6:.1f} MB/s, {left:.0f} s left", flush=True)
+            speed = f"{rate / 1e6:.1f} MB/s" if self.unit == "B" else f"{rate:.2f} {self.unit}/s"
+            print(f"{self.what}: {self.done / self.total:.0%}, {speed}, {left:.0f} s left", flush=True)
 
     def close(self) -> None:
         """Take the bar away."""
@@ -56,7 +54,7 @@ class Progress:
 
 
 class OutputFile(ABC):
-    """A file of tensors: `lay_out` writes everything but their bytes, `write` pulls those through the views."""
+    """A file of tensors and of what lies between them."""
 
     def __init__(self, name: str, views: Mapping[str, View]) -> None:
         self.name, self.views = name, views
@@ -67,40 +65,40 @@ class OutputFile(ABC):
         return sum(view.nbytes for view in self.views.values())
 
     @abstractmethod
-    def lay_out(self, path: Path) -> dict[str, int]:
-        """Create the file with room for every tensor and return each tensor's byte offset."""
+    def parts(self, checksums: Mapping[str, int]) -> Iterator[bytes | str]:
+        """Yield the file from first to last: bytes as they are, and a key of `views` where that tensor's bytes lie.
 
-    def write(self, directory: Path, progress: Progress) -> None:
-        """Write the file under `directory` and make it durable."""
+        `checksums` has the crc32 of the tensors that were written; nothing but the values of some bytes hangs on it.
+        """
+
+    def segments(self, checksums: Mapping[str, int]) -> list[Segment]:
+        """Return `parts` with the place of each."""
+        at = 0
+        segments: list[Segment] = []
+        for part in self.parts(checksums):
+            if isinstance(part, bytes):
+                segments.append(Segment(at, at + len(part), None, part))
+            else:
+                segments.append(Segment(at, at + self.views[part].nbytes, part, self.views[part]))
+            at = segments[-1].stop
+        return segments
+
+    def write(self, directory: Path, progress: Progress) -> Digest:
+        """Write the file under `directory`, make it durable, and return its digest."""
         path = directory / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        offsets = self.lay_out(path)
-        with path.open("r+b", buffering=0) as file:
-            with ThreadPoolExecutor(_WRITERS) as pool:
-                tasks = [pool.submit(_fill, file, offsets[key], view, progress) for key, view in self.views.items()]
-                try:
-                    for task in as_completed(tasks):
-                        task.result()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-            os.fsync(file.fileno())
-
-
-def _fill(file: FileIO, offset: int, view: View, progress: Progress) -> None:
-    """Write one tensor, block by block."""
-    for start, bits in blocks(view):
-        _write_all(file, memoryview(bits.reshape(-1).view(np.uint8)), offset + start)
-        progress.advance(bits.nbytes)
-
-
-def _write_all(file: FileIO, data: memoryview, offset: int) -> None:
-    while data:
-        try:
-            count = os.pwrite(file.fileno(), data, offset)
-        except OSError as error:  # says the path, which pwrite does not know
-            raise OSError(error.errno, error.strerror, file.name) from error
-        data, offset = data[count:], offset + count
+        segments = self.segments({})
+        digests = fill(path, segments, progress.advance)
+        pairs = list(zip(segments, digests, strict=True))
+        checksums = {segment.name: digest.crc32 for segment, digest in pairs if segment.name is not None}
+        changes, whole = [], Digest()
+        for (segment, digest), last in zip(pairs, self.segments(checksums), strict=True):
+            if isinstance(last.content, bytes) and last.content != segment.content:
+                changes.append((last.start, last.content))
+                digest = Digest.of(last.content)
+            whole += digest
+        finish(path, changes)
+        return whole
 
 
 def write_files(
@@ -118,17 +116,24 @@ def write_files(
             raise ValueError(f"process {world.rank} cannot see {partial}: all need one file system under --save")
         progress = Progress(what, sum(file.nbytes for file in mine), show=world.rank == 0)
         try:
-            for file in mine:
-                file.write(partial, progress)
+            digests = {file.name: file.write(partial, progress) for file in mine}
         finally:
             progress.close()
+        # The others' digests reach the first process as the files do, through the directory.
+        (partial / f".digests.{world.rank}").write_bytes(manifest_bytes(digests))
         world.barrier()
         if world.rank == 0:
             for file in files:
                 if not (partial / file.name).is_file():
                     raise ValueError(f"{partial / file.name} was not written: all processes need one file system")
+            for rank in range(world.size):
+                part = partial / f".digests.{rank}"
+                digests |= read_manifest(part)
+                part.unlink()
             for name, content in texts.items():
                 write_durably(partial / name, content)
+                digests[name] = Digest.of(content)
+            write_durably(partial / MANIFEST, manifest_bytes(digests))
 
 
 # One of these marks a directory as a checkpoint, which --overwrite may replace.

@@ -5,15 +5,19 @@ and its torch side would cost a second of start-up.
 """
 
 import json
+import reprlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeGuard
 
+from megatron.pruning.checkpoint import parse_json
 from megatron.pruning.output import OutputFile
 from megatron.pruning.views import File, Stored
 
 _DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-_ALIGNMENT = 512  # of the first tensor, so that whole blocks can be written directly
+_MAX_HEADER_BYTES = 10_000_000  # ten times what the largest Llama needs; the format would allow ten times more
+_ALIGNMENT = 64  # of the first tensor, for readers that map the file
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
@@ -22,45 +26,54 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     length_bytes = bytearray(8)
     file.read_into(memoryview(length_bytes), 0)
     length = int.from_bytes(length_bytes, "little")
-    if length > min(_MAX_HEADER_BYTES, file.size - 8):
+    if length > file.size - 8:
         raise ValueError(f"{path} claims a header of {length} bytes, but the file has {file.size}")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"{path} has a header of {length:,} bytes: more than {_MAX_HEADER_BYTES:,} is no Llama's")
     raw = bytearray(length)
     file.read_into(memoryview(raw), 8)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        return {key: _tensor(file, 8 + length, key, entry) for key, entry in header.items()}
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} has no valid safetensors header: {error!r}") from error
+    header = parse_json(bytes(raw), f"the header of {path}")
+    header.pop("__metadata__", None)
+    tensors = {key: _tensor(file, 8 + length, key, entry) for key, entry in header.items()}
+    # As the format wants it: the tensors fill the rest of the file, without a gap and without sharing a byte.
+    end = 8 + length
+    for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != end:
+            raise ValueError(f"{path}: {key} begins at byte {tensor.offset}, but what lies before it ends at {end}")
+        end += tensor.nbytes
+    if end != file.size:
+        raise ValueError(f"{path} has {file.size} bytes, but its tensors end at byte {end}")
+    return tensors
 
 
-def _tensor(file: File, data_start: int, key: str, entry: dict[str, object]) -> Stored:
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
-    if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(offsets) != 2:  # type: ignore[arg-type]
-        raise ValueError(f"{file.path}: {key} has shape {shape} and offsets {offsets}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"{file.path}: {key} has dtype {dtype}; only {', '.join(_DTYPES)} are read")
-    begin, end = numbers[-2:]
-    tensor = Stored(file, data_start + begin, tuple(numbers[:-2]), _DTYPES[str(dtype)])
+def _tensor(file: File, data_start: int, key: str, entry: Any) -> Stored:
+    names = ("dtype", "shape", "data_offsets")
+    dtype, shape, offsets = (entry.get(name) if isinstance(entry, dict) else None for name in names)
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"{file.path}: {key} has shape {reprlib.repr(shape)} and offsets {reprlib.repr(offsets)}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{file.path}: {key} has dtype {reprlib.repr(dtype)}; only {', '.join(_DTYPES)} are read")
+    begin, end = offsets
+    tensor = Stored(file, data_start + begin, tuple(shape), _DTYPES[dtype])
     if tensor.nbytes != end - begin:
         raise ValueError(f"{file.path}: {key} of shape {shape} needs {tensor.nbytes} bytes, but has {end - begin}")
     return tensor
 
 
+def _are_counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
 class SafetensorsFile(OutputFile):
     """A safetensors file of the views by key."""
 
-    def lay_out(self, path: Path) -> dict[str, int]:
+    def parts(self, checksums: Mapping[str, int]) -> Iterator[bytes | str]:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offsets, end = {}, 0
+        end = 0
         for key, view in self.views.items():
-            offsets[key] = end
-            end += view.nbytes
-            header[key] = {"dtype": _NAMES[view.dtype], "shape": view.shape, "data_offsets": [offsets[key], end]}
+            start, end = end, end + view.nbytes
+            header[key] = {"dtype": _NAMES[view.dtype], "shape": view.shape, "data_offsets": [start, end]}
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
-        with path.open("wb") as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            file.truncate(8 + len(raw) + end)
-        return {key: 8 + len(raw) + offset for key, offset in offsets.items()}
+        yield len(raw).to_bytes(8, "little") + raw
+        yield from self.views

@@ -1,8 +1,9 @@
 """Megatron-LM checkpoints in the format `torch`: mp_rank_TT[_PPP]/model_optim_rng.pt, one file a model rank."""
 
 import re
+import reprlib
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.pruning.megatron_format import (
     split_key,
 )
 from megatron.pruning.output import OutputFile
+from megatron.pruning.table import FIRST
 from megatron.pruning.torch_file import TorchFile, load_torch, stored
 from megatron.pruning.views import File, cast
 
@@ -38,16 +40,19 @@ class TorchCheckpoint(MegatronCheckpoint):
         tensor, pipeline = max(t for t, _ in ranks) + 1, max(p for _, p in ranks) + 1
         first = _load_rank(ranks[0, 0])
         args = first["args"]
-        for name, found in (("tensor_model_parallel_size", tensor), ("pipeline_model_parallel_size", pipeline)):
-            if (said := getattr(args, name, found)) != found:
-                raise ValueError(f"{directory} has rank files for {name} {found}, but its arguments say {said}")
         divisor = getattr(args, "make_vocab_size_divisible_by", None) or 128
-        super().__init__(path, directory, args, Layout(tensor, pipeline, divisor))
+        if type(divisor) is not int:
+            raise ValueError(f"{ranks[0, 0]}: make_vocab_size_divisible_by is {type(divisor).__name__}, not a number")
+        layout = Layout(tensor, pipeline, divisor)
+        super().__init__(path, directory, args, layout)
+        numbers: dict[tuple[int, int], Any] = {}
         self.has_optimizer = "optimizer" in first or any(directory.glob("mp_rank_*/distrib_optim.pt"))
         for t in range(tensor):
             contents = [first if (t, p) == (0, 0) else _load_rank(ranks[t, p]) for p in range(pipeline)]
             for p, content in enumerate(contents):
+                _check_layout(ranks[t, p], content["args"], layout)
                 _check_same(ranks[0, 0], first, ranks[t, p], content)
+                numbers[t, p] = content["args"].__dict__.get("rank")
             chunks = [_chunks(ranks[t, p], content) for p, content in enumerate(contents)]
             first_layer = 0
             # Virtual pipelines deal their chunks out in rounds: chunk 0 of every stage, then chunk 1, ...
@@ -55,19 +60,26 @@ class TorchCheckpoint(MegatronCheckpoint):
                 for p in range(pipeline):
                     if v >= len(chunks[p]):
                         raise ValueError(f"{ranks[t, p]} has {len(chunks[p])} model chunks, another stage has more")
-                    first_layer += self._collect(ranks[t, p], chunks[p][v], first_layer)
+                    ends = (v, p) == (0, 0), (v + 1, p + 1) == (len(chunks[p]), pipeline)
+                    first_layer += self._collect(ranks[t, p], chunks[p][v], first_layer, *ends)
+        _check_order(ranks, numbers)
         self.files = list(ranks.values())
         self.check()
 
-    def _collect(self, path: Path, model: dict[str, Any], first_layer: int) -> int:
-        """Note every weight of one model chunk of a rank file, and return how many layers it holds."""
+    def _collect(self, path: Path, model: dict[str, Any], first_layer: int, is_first: bool, is_last: bool) -> int:
+        """Note every weight of one model chunk of a rank file, and return how many layers it holds.
+
+        The embedding belongs to the first chunk of all stages, the final norm and the output layer to the last.
+        """
         file, layers = File(path), set()
         for key, value in model.items():
             name, layer = split_key(key)
             if key.endswith("_extra_state") or (self.config.tied and name == "output_layer"):
                 continue
             if not is_known(name, layer):
-                raise ValueError(f"{path} holds an unexpected tensor: {key}")
+                raise ValueError(f"{path} holds an unexpected tensor: {key[:200]}")
+            if layer is None and not (is_first if name == FIRST[0].megatron else is_last):
+                raise ValueError(f"{path} holds {key}, which belongs to another pipeline stage: its files are mixed up")
             if key.endswith(".layer_norm_weight"):
                 self.transformer_impl = "transformer_engine"
             if layer is not None:
@@ -79,11 +91,39 @@ class TorchCheckpoint(MegatronCheckpoint):
         return len(layers)
 
 
+def _check_layout(path: Path, args: Namespace, layout: Layout) -> None:
+    """Raise ValueError unless a rank file was saved in the layout that the directory has."""
+    for name, found in (
+        ("tensor_model_parallel_size", layout.tensor),
+        ("pipeline_model_parallel_size", layout.pipeline),
+    ):
+        if (said := getattr(args, name, found)) != found:
+            said = reprlib.repr(said)
+            raise ValueError(f"{path.parent.parent} has rank files for {name} {found}, but {path} says {said}")
+
+
+def _check_order(ranks: Mapping[tuple[int, int], Path], numbers: Mapping[tuple[int, int], Any]) -> None:
+    """Raise ValueError unless the numbers of the processes that saved the files ascend from 0 on.
+
+    Tensor ranks are numbered first, then data parallel and pipeline ranks. A converter may call all of them 0, or none,
+    or number each stage anew.
+    """
+    if not any(numbers.values()) or not all(isinstance(number, int) for number in numbers.values()):
+        return
+    for (t, p), number in numbers.items():
+        for before, least in (((t - 1, p), 1), ((t, p - 1), 0)):
+            if before in numbers and number < numbers[before] + least:
+                raise ValueError(
+                    f"{ranks[t, p]} was saved by process {number} and {ranks[before]} by {numbers[before]}: "
+                    "the files of these ranks are mixed up"
+                )
+
+
 def _check_same(first_path: Path, first: dict[str, Any], path: Path, content: dict[str, Any]) -> None:
     """Raise ValueError unless two rank files are of one checkpoint."""
-    if content.get("iteration") != first.get("iteration"):
-        was, found = first.get("iteration"), content.get("iteration")
-        raise ValueError(f"{path} is of iteration {found}, but {first_path} of {was}")
+    was, found = first.get("iteration"), content.get("iteration")
+    if not isinstance(found, int | str | None) or found != was:
+        raise ValueError(f"{path} is of iteration {reprlib.repr(found)}, but {first_path} of {reprlib.repr(was)}")
     a, b = (config_from_args(each["args"], str(where)) for each, where in ((first, first_path), (content, path)))
     if a != b:
         raise ValueError(f"{path} and {first_path} are of different models: their arguments disagree")
@@ -96,15 +136,27 @@ def _chunks(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
     chunks = [content.get(name) for name in names]
     if not chunks or not all(isinstance(chunk, dict) for chunk in chunks):
         raise ValueError(f"{path} has no 'model'")
-    return [dict(_flat(chunk)) for chunk in chunks if chunk is not None]
+    return [_flat(path, chunk) for chunk in chunks if chunk is not None]
 
 
-def _flat(nested: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _flat(path: Path, nested: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the values of nested dictionaries by dotted keys."""
+    found: dict[str, Any] = {}
+    waiting, seen = [("", nested)], set()
+    while waiting:
+        prefix, mapping = waiting.pop(0)
+        if id(mapping) in seen or len(prefix) > 1000:
+            raise ValueError(f"{path}: its 'model' is nested in itself")
+        seen.add(id(mapping))
+        for key, value in mapping.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, Mapping):
+                waiting.append((f"{name}.", value))
+            elif name in found:
+                raise ValueError(f"{path} holds {name[:200]} twice")
+            else:
+                found[name] = value
+    return found
 
 
 def _rank_files(directory: Path) -> dict[tuple[int, int], Path]:
@@ -134,7 +186,9 @@ def _load_rank(path: Path) -> dict[str, Any]:
     content = load_torch(path)
     if not isinstance(content, dict) or not isinstance(content.get("args"), Namespace):
         raise ValueError(f"{path} carries no Megatron arguments, so the model's shape is unknown")
-    if (version := content.get("checkpoint_version", 0)) < 2.0:
+    version = content.get("checkpoint_version", 0)
+    if not isinstance(version, int | float) or not version >= 2.0:
+        version = reprlib.repr(version)
         raise ValueError(f"{path} has checkpoint_version {version}: before 2.0 the rows of qkv have another order")
     return content
 
@@ -147,7 +201,7 @@ def torch_output(
     `transformer_impl` says whose layers are to load it, `local` or `transformer_engine`: they name norms differently.
     """
     te = transformer_impl == "transformer_engine"
-    header = {"args": config_to_args(checkpoint.config, layout), "checkpoint_version": 3.0, "iteration": 0}
+    header = {"checkpoint_version": 3.0, "iteration": 0}
     files: list[OutputFile] = []
     for p in range(layout.pipeline):
         first_layer = layout.layers_of_stage(checkpoint.config.num_layers, p).start
@@ -156,5 +210,7 @@ def torch_output(
                 full_key(name, None if layer is None else layer - first_layer, te): cast(view, dtype)
                 for (name, layer), view in rank_views(checkpoint, layout, t, p).items()
             }
-            files.append(TorchFile(f"release/{_rank_name(t, p, layout.pipeline)}", views, header))
+            args = config_to_args(checkpoint.config, layout)
+            args.rank = p * layout.tensor + t  # as the process's that saves it: tells when files are mixed up
+            files.append(TorchFile(f"release/{_rank_name(t, p, layout.pipeline)}", views, {"args": args, **header}))
     return files, side_files(checkpoint, layout, dtype)

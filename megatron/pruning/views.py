@@ -1,14 +1,17 @@
 """Lazy tensors: what a weight is made of, read a block of rows at a time.
 
-A `View` has a shape, a dtype and `read(rows)`. `Stored` reads a tensor that lies in a file; `take`, `concat` and `cast`
-build on other views without touching a byte. A writer pulls each output tensor through its view in blocks of about one
-MiB (`blocks`), so a conversion or a pruning needs the memory of a few blocks, whatever the size of the model.
+A `View` has a shape, a dtype and `read_into(rows, out)`. `Stored` reads a tensor that lies in a file; `take`, `concat`
+and `cast` build on other views without touching a byte. A writer pulls each output tensor through its view in blocks of
+about one MiB, into buffers that are used again and again (the first touch of fresh memory costs ten times a copy), so a
+conversion or a pruning needs the memory of a few blocks, whatever the size of the model.
 
 Values are moved as raw bits (signed integers of the element's width), so every bf16, fp16 and fp32 pattern, NaN
 payloads included, arrives as it left.
 """
 
+import contextlib
 import itertools
+import math
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -27,7 +30,30 @@ TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BITS: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 2: np.dtype("<i2")}
 BLOCK_BYTES = 1 << 20
 # Two runs of rows closer than this are read in one go: a seek costs more than the bytes between them.
-READ_GAP_BYTES = 1 << 16
+READ_GAP_BYTES = 1 << 14
+
+
+class _Free(threading.local):
+    """The buffers of this thread that nobody uses now."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Bits] = []
+
+
+_free = _Free()
+
+
+@contextlib.contextmanager
+def scratch(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Bits]:
+    """Lend an array of arbitrary content, in memory that this thread used before."""
+    need = math.prod(shape) * dtype.itemsize
+    buffer = _free.buffers.pop() if _free.buffers else np.empty(0, np.uint8)
+    if buffer.nbytes < need:
+        buffer = np.empty(need, np.uint8)
+    try:
+        yield buffer[:need].view(dtype).reshape(shape)
+    finally:
+        _free.buffers.append(buffer)
 
 
 class View(ABC):
@@ -37,13 +63,36 @@ class View(ABC):
     dtype: str
 
     @abstractmethod
+    def read_into(self, rows: Index, out: Bits) -> None:
+        """Fill `out`, bits of shape [len(rows), *self.shape[1:]] in C order, with these rows, in any order."""
+
     def read(self, rows: Index) -> Bits:
-        """Return rows `rows` (any order, repeats allowed) as bits, shape [len(rows), *self.shape[1:]]."""
+        """Return these rows in an array of their own."""
+        out: Bits = np.empty((len(rows), *self.shape[1:]), BITS[BYTES[self.dtype]])
+        self.read_into(rows, out)
+        return out
+
+    def read_bytes(self, start: int, out: Bits) -> None:
+        """Fill `out`, bytes, from byte `start` of the tensor on: it may begin and end within a row."""
+        row, dtype = self.row_bytes, BITS[BYTES[self.dtype]]
+        at, stop = start, start + len(out)
+        while at < stop:
+            index, inside = divmod(at, row)
+            if inside or stop - at < row:
+                end = min(at - inside + row, stop)
+                with scratch((1, *self.shape[1:]), dtype) as whole:
+                    self.read_into(np.array([index]), whole)
+                    out[at - start : end - start] = whole.reshape(-1).view(np.uint8)[inside : inside + end - at]
+            else:
+                end = stop // row * row
+                rows = out[at - start : end - start].view(dtype).reshape(-1, *self.shape[1:])
+                self.read_into(np.arange(index, end // row), rows)
+            at = end
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * BYTES[self.dtype]
+        return math.prod(self.shape[1:]) * BYTES[self.dtype]
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +119,10 @@ class File:
         """Fill `buffer` from byte `offset` on; raises ValueError if the file ends first."""
         done, descriptor = 0, self._open()
         while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            except OSError as error:  # says the path, which preadv does not know
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             if count == 0:
                 raise ValueError(f"{self.path} ends at byte {offset + done}, {len(buffer) - done} bytes too early")
             done += count
@@ -90,23 +142,32 @@ class Stored(View):
         if offset < 0 or offset + self.nbytes > file.size:
             raise ValueError(f"{file.path} has {file.size} bytes, but a tensor of it ends at {offset + self.nbytes}")
 
-    def read(self, rows: Index) -> Bits:
-        out: Bits = np.empty((len(rows), *self.shape[1:]), BITS[BYTES[self.dtype]])
+    def read_into(self, rows: Index, out: Bits) -> None:
         gap = READ_GAP_BYTES // max(self.row_bytes, 1) + 1
         steps = np.diff(rows)
-        bounds = [0, *(np.flatnonzero((steps < 0) | (steps > gap)) + 1).tolist(), len(rows)]
-        for start, stop in itertools.pairwise(bounds):
+        for start, stop in _runs((steps < 0) | (steps > gap)):
             first, last = int(rows[start]), int(rows[stop - 1])
             if last - first == stop - start - 1 and (steps[start : stop - 1] == 1).all():
                 self._read_run(first, out[start:stop])
-            else:
-                run = np.empty((last - first + 1, *self.shape[1:]), out.dtype)
+                continue
+            with scratch((last - first + 1, *self.shape[1:]), out.dtype) as run:
                 self._read_run(first, run)
                 np.take(run, rows[start:stop] - first, axis=0, out=out[start:stop], mode="clip")
-        return out
+
+    def read_bytes(self, start: int, out: Bits) -> None:
+        self.file.read_into(memoryview(out), self.offset + start)
+
+    def stretch(self, first: int, count: int) -> "Stored":
+        """Return `count` rows from row `first` on."""
+        return Stored(self.file, self.offset + first * self.row_bytes, (count, *self.shape[1:]), self.dtype)
 
     def _read_run(self, first: int, out: Bits) -> None:
         self.file.read_into(memoryview(out.reshape(-1).view(np.uint8)), self.offset + first * self.row_bytes)
+
+
+def _runs(breaks: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of the runs of n items; `breaks[i]` says that one ends between items i and i + 1."""
+    return itertools.pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), len(breaks) + 1])
 
 
 class Taken(View):
@@ -115,14 +176,38 @@ class Taken(View):
     def __init__(self, parent: View, axis: int, index: Index) -> None:
         self.parent, self.axis, self.index, self.dtype = parent, axis, index, parent.dtype
         self.shape = tuple(len(index) if i == axis else n for i, n in enumerate(parent.shape))
+        self._stretch = _stretch(index) if axis == 1 else None
+        self._width, self._columns = _wide(index, parent.shape[1], BYTES[self.dtype]) if axis == 1 else (1, index)
 
-    def read(self, rows: Index) -> Bits:
+    def read_into(self, rows: Index, out: Bits) -> None:
         if self.axis == 0:
-            return self.parent.read(self.index[rows])
-        block = self.parent.read(rows)
-        out: Bits = np.empty((len(rows), len(self.index)), block.dtype)
-        np.take(block, self.index, axis=1, out=out, mode="clip")
-        return out
+            return self.parent.read_into(self.index[rows], out)
+        with scratch((len(rows), self.parent.shape[1]), out.dtype) as block:
+            self.parent.read_into(rows, block)
+            if self._stretch is not None:
+                out[:] = block[:, self._stretch]
+            else:
+                wide = np.dtype(f"V{self._width * out.itemsize}")
+                np.take(block.view(wide), self._columns, axis=1, out=out.view(wide), mode="clip")
+
+
+def _stretch(index: Index) -> slice | None:
+    """Return an index that is one stretch as a slice, else None."""
+    first = int(index[0]) if len(index) else 0
+    return slice(first, first + len(index)) if (np.diff(index) == 1).all() else None
+
+
+def _wide(index: Index, columns: int, size: int) -> tuple[int, Index]:
+    """Return how many neighbouring columns, of `size` bytes each, can be taken as one, and which of these wider ones.
+
+    Whole heads lie together, so what is kept of them moves in steps of 32 bytes, the most that numpy does in one.
+    """
+    for width in (32 // size, 16 // size, 8 // size, 4 // size):
+        firsts = index[::width]
+        if columns % width == 0 and len(index) == len(firsts) * width and (firsts % width == 0).all():
+            if np.array_equal(index, (firsts[:, None] + np.arange(width)).ravel()):
+                return width, firsts // width
+    return 1, index
 
 
 class Concatenated(View):
@@ -134,33 +219,67 @@ class Concatenated(View):
         self.starts = np.concatenate([[0], np.cumsum(sizes)])
         self.shape = tuple(sum(sizes) if i == axis else n for i, n in enumerate(parts[0].shape))
 
-    def read(self, rows: Index) -> Bits:
+    def read_into(self, rows: Index, out: Bits) -> None:
         if self.axis == 1:
-            return np.concatenate([part.read(rows) for part in self.parts], axis=1)
+            for part, start in zip(self.parts, self.starts.tolist(), strict=False):
+                with scratch((len(rows), part.shape[1]), out.dtype) as block:
+                    part.read_into(rows, block)
+                    out[:, start : start + part.shape[1]] = block
+            return
         owner = np.searchsorted(self.starts, rows, side="right") - 1
-        out: Bits = np.empty((len(rows), *self.shape[1:]), BITS[BYTES[self.dtype]])
-        for part in np.unique(owner):
-            mine = owner == part
-            out[mine] = self.parts[part].read(rows[mine] - self.starts[part])
-        return out
+        for start, stop in _runs(owner[1:] != owner[:-1]):
+            which = owner[start]
+            self.parts[which].read_into(rows[start:stop] - self.starts[which], out[start:stop])
+
+    def read_bytes(self, start: int, out: Bits) -> None:
+        if self.axis == 1:
+            return super().read_bytes(start, out)
+        at, stop = start, start + len(out)
+        for part, first in zip(self.parts, (self.starts * self.row_bytes).tolist(), strict=False):
+            end = min(first + part.nbytes, stop)
+            if first <= at < end:
+                part.read_bytes(at - first, out[at - start : end - start])
+                at = end
 
 
 class Cast(View):
-    """Another view in another dtype, rounded to nearest even as torch rounds."""
+    """Another view in another dtype, rounded to nearest even as torch rounds; what is no number stays none."""
 
     def __init__(self, parent: View, dtype: str) -> None:
         self.parent, self.shape, self.dtype = parent, parent.shape, dtype
 
-    def read(self, rows: Index) -> Bits:
-        import torch  # only a change of dtype needs it; a plain move of bits starts without
+    def read_into(self, rows: Index, out: Bits) -> None:
+        with scratch((len(rows), *self.shape[1:]), BITS[BYTES[self.parent.dtype]]) as bits:
+            self.parent.read_into(rows, bits)
+            with np.errstate(over="ignore", invalid="ignore"):  # `_to_fp16` says what does not fit
+                values = _to_fp32(bits, self.parent.dtype)
+                if self.dtype == "bf16":
+                    out[:] = _to_bf16(values)
+                else:
+                    out[:] = (values if self.dtype == "fp32" else _to_fp16(values)).view(out.dtype)
 
-        before, after = (getattr(torch, TORCH_NAMES[dtype]) for dtype in (self.parent.dtype, self.dtype))
-        values = torch.from_numpy(self.parent.read(rows)).view(before)
-        rounded = values.to(after)
-        if after == torch.float16 and not torch.equal(rounded.isfinite(), values.isfinite()):
-            raise ValueError(f"a weight of magnitude {float(values.abs().max()):.3g} does not fit fp16: choose bf16")
-        result: Bits = rounded.view({4: torch.int32, 2: torch.int16}[BYTES[self.dtype]]).numpy()
-        return result
+
+def _to_fp32(bits: Bits, dtype: str) -> NDArray[np.float32]:
+    if dtype == "bf16":  # the upper half of an fp32
+        return (bits.astype(np.int32) << 16).view(np.float32)
+    return bits.view(np.float32) if dtype == "fp32" else bits.view(np.float16).astype(np.float32)
+
+
+def _to_bf16(values: NDArray[np.float32]) -> Bits:
+    bits = values.view(np.uint32)
+    half = (bits >> 16) & 1
+    half += 0x7FFF  # so that a tie goes to the even neighbour
+    half += bits
+    half >>= 16
+    half[np.isnan(values)] = 0x7FC0
+    return half.astype(np.uint16).view(np.int16)
+
+
+def _to_fp16(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    rounded = values.astype(np.float16)
+    if not np.array_equal(np.isfinite(rounded), np.isfinite(values)):
+        raise ValueError(f"a weight of magnitude {float(np.nanmax(np.abs(values))):.3g} does not fit fp16: choose bf16")
+    return rounded
 
 
 def take(view: View, axis: int, index: Index) -> View:
@@ -169,6 +288,8 @@ def take(view: View, axis: int, index: Index) -> View:
         return view
     if isinstance(view, Taken) and view.axis == axis:
         return take(view.parent, axis, view.index[index])
+    if isinstance(view, Stored) and axis == 0 and len(index) and (stretch := _stretch(index)) is not None:
+        return view.stretch(stretch.start, len(index))
     return Taken(view, axis, index)
 
 
@@ -186,13 +307,18 @@ def cast(view: View, dtype: str | None) -> View:
 
 
 def blocks(view: View) -> Iterator[tuple[int, Bits]]:
-    """Yield (byte offset within the tensor, contiguous bits) from first row to last, about `BLOCK_BYTES` at a time."""
+    """Yield (byte offset within the tensor, contiguous bits) from first row to last, about `BLOCK_BYTES` at a time.
+
+    The bits are good until the next ones are asked for.
+    """
     step = max(1, BLOCK_BYTES // max(view.row_bytes, 1))
-    for start in range(0, view.shape[0], step):
-        rows = np.arange(start, min(start + step, view.shape[0]))
-        yield start * view.row_bytes, np.ascontiguousarray(view.read(rows))
+    with scratch((min(step, view.shape[0]), *view.shape[1:]), BITS[BYTES[view.dtype]]) as block:
+        for start in range(0, view.shape[0], step):
+            rows = np.arange(start, min(start + step, view.shape[0]))
+            view.read_into(rows, block[: len(rows)])
+            yield start * view.row_bytes, block[: len(rows)]
 
 
 def read_all(view: View) -> Bits:
-    """Return the whole tensor as bits. For small tensors and for tests: writers use `blocks`."""
+    """Return the whole tensor as bits. For small tensors and for tests: writers read in blocks."""
     return view.read(np.arange(view.shape[0]))

@@ -1,0 +1,205 @@
+"""Pickles read as data: a small reader of our own that knows no classes and calls nothing.
+
+A pickle is a program, and Python's unpicklers run it: they look up classes and call them, and even a harmless one may
+be made to fill the memory or to hash for ever. Here a class is its name, an object a `Record` of what the pickle says
+of it, and only opcodes that data needs are known. Time and memory are linear in the bytes read.
+
+Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py
+"""
+
+import struct
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# What the classes of a checkpoint's plain values belong to. Nothing of them is imported: any other name is a sign that
+# the file wants to do something, which is said instead of ignored.
+_MODULES = frozenset("_codecs _io argparse collections megatron numpy pathlib signal torch transformer_engine".split())
+_PLAIN_BUILTINS = frozenset(("set", "frozenset", "bytearray", "complex", "slice", "range", "object"))
+# Ten times what the largest Llama needs with its optimizer: half a GB if all of them make lists, which a byte can.
+_MAX_OPCODES = 8_000_000
+
+
+class Name(str):
+    """The dotted name of a class or function that a pickle mentions."""
+
+
+@dataclass(eq=False)
+class Record:
+    """An object of a pickle: the class or function that makes it, its arguments, and the state it is given."""
+
+    name: str
+    args: tuple[Any, ...]
+    state: Any = None
+
+    def __getitem__(self, field: str) -> Any:
+        """Return a field of a state that is a dictionary; raises KeyError when there is none."""
+        if not isinstance(self.state, dict):
+            raise KeyError(field)
+        return self.state[field]
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+
+_FIXED = {b"J": "<i", b"K": "<B", b"M": "<H", b"G": ">d", b"q": "<B", b"r": "<I", b"h": "<B", b"j": "<I"}
+_FIXED |= {b"\x80": "<B", b"\x95": "<Q"}
+_COUNTED = {b"X": "<I", b"B": "<I", b"T": "<i", b"\x8c": "<B", b"C": "<B", b"U": "<B", b"\x8a": "<B"}
+
+
+class _Reader:
+    def __init__(
+        self, raw: bytes, makers: Mapping[str, Callable[..., Any]], persistent: Callable[[Any], Any] | None
+    ) -> None:
+        self.raw, self.at, self.makers, self.persistent = raw, 0, makers, persistent
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def load(self) -> Any:
+        """Run the opcodes up to the final STOP, and return what is on the stack then."""
+        for _ in range(_MAX_OPCODES):
+            if (code := self._take(1)) == b".":
+                return self.stack.pop()
+            if code in _FIXED:
+                self._fixed(code, struct.unpack(_FIXED[code], self._take(struct.calcsize(_FIXED[code])))[0])
+            elif code in _COUNTED:
+                count = struct.unpack(_COUNTED[code], self._take(struct.calcsize(_COUNTED[code])))[0]
+                self._counted(code, self._take(count))
+            elif code in _PLAIN:
+                _PLAIN[code](self)
+            else:
+                raise ValueError(f"its pickle has the opcode {code!r}, which no data needs")
+        raise ValueError(f"its pickle has more than {_MAX_OPCODES:,} opcodes")
+
+    def _take(self, count: int) -> bytes:
+        if not 0 <= count <= len(self.raw) - self.at:
+            raise ValueError("it ends too early")
+        self.at += count
+        return self.raw[self.at - count : self.at]
+
+    def _fixed(self, code: bytes, value: Any) -> None:
+        if code in b"JKMG":
+            self.stack.append(value)
+        elif code in b"qr":
+            self.memo[value] = self.stack[-1]
+        elif code in b"hj":
+            self.stack.append(self.memo[value])
+        # The protocol's number and the length of a frame say nothing that is needed.
+
+    def _counted(self, code: bytes, value: bytes) -> None:
+        if code == b"\x8a":
+            self.stack.append(int.from_bytes(value, "little", signed=True))
+        else:
+            self.stack.append(value.decode("utf-8") if code in (b"X", b"\x8c") else value)
+
+    def _since_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def _pop(self, count: int) -> list[Any]:
+        if len(self.stack) < count:
+            raise ValueError("its stack is empty")
+        items = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        return items
+
+    def _line(self) -> str:
+        end = self.raw.index(b"\n", self.at)
+        return self._take(end + 1 - self.at)[:-1].decode("utf-8")
+
+    def _name(self, module: Any, name: Any) -> None:
+        if module.split(".")[0] not in _MODULES and not (
+            module in ("builtins", "__builtin__") and name in _PLAIN_BUILTINS
+        ):
+            raise NotDataError(f"it names {module}.{name}"[:200])
+        if len(module) + len(name) > 200:
+            raise ValueError(f"it names a class with {len(module) + len(name)} letters")
+        self.stack.append(Name(f"{module}.{name}"))
+
+    def _make(self, name: Any, args: Any) -> None:
+        if not isinstance(name, Name) or not isinstance(args, tuple):
+            raise ValueError("it makes an object of what is not a class")
+        self.stack.append(self.makers[name](*args) if name in self.makers else Record(name, args))
+
+    def _build(self, state: Any) -> None:
+        made = self.stack[-1]
+        if isinstance(made, Record):
+            made.state = state
+        elif isinstance(made, Namespace) and isinstance(state, dict) and all(isinstance(name, str) for name in state):
+            vars(made).update(state)
+        elif not isinstance(made, dict):  # the attributes of a kind of dictionary are not wanted
+            raise ValueError(f"it gives a state to {type(made).__name__}")
+
+    def _extend(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, list):
+            target.extend(items)
+        elif not isinstance(target, Record):  # of a list of its own kind nothing is wanted
+            raise ValueError(f"it appends to {type(target).__name__}")
+
+    def _set(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict | Record):
+            raise ValueError(f"it sets an item of {type(target).__name__}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # A tuple of tuples of tuples ... can be made to hash for ever.
+            parts = key if isinstance(key, tuple) else (key,)
+            if any(isinstance(part, tuple | list | dict) for part in parts):
+                raise ValueError("a key of it is not plain")
+            if isinstance(target, dict):
+                if key in target:
+                    raise ValueError(f"it holds {str(key)[:100]!r} twice")
+                target[key] = value
+
+
+class NotDataError(ValueError):
+    """A pickle names something that no data needs."""
+
+
+_PLAIN: Mapping[bytes, Callable[[_Reader], Any]] = {
+    b"(": lambda r: r.marks.append(len(r.stack)),
+    b"0": lambda r: r._pop(1),
+    b"1": lambda r: r._since_mark(),
+    b"N": lambda r: r.stack.append(None),
+    b"\x88": lambda r: r.stack.append(True),
+    b"\x89": lambda r: r.stack.append(False),
+    b")": lambda r: r.stack.append(()),
+    b"]": lambda r: r.stack.append([]),
+    b"}": lambda r: r.stack.append({}),
+    b"t": lambda r: r.stack.append(tuple(r._since_mark())),
+    b"\x85": lambda r: r.stack.append(tuple(r._pop(1))),
+    b"\x86": lambda r: r.stack.append(tuple(r._pop(2))),
+    b"\x87": lambda r: r.stack.append(tuple(r._pop(3))),
+    b"a": lambda r: r._extend(r._pop(1)),
+    b"e": lambda r: r._extend(r._since_mark()),
+    b"s": lambda r: r._set(r._pop(2)),
+    b"u": lambda r: r._set(r._since_mark()),
+    b"c": lambda r: r._name(r._line(), r._line()),
+    b"\x93": lambda r: r._name(*r._pop(2)),
+    b"R": lambda r: r._make(*r._pop(2)),
+    b"\x81": lambda r: r._make(*r._pop(2)),
+    b"b": lambda r: r._build(*r._pop(1)),
+    b"\x94": lambda r: r.memo.update({len(r.memo): r.stack[-1]}),
+    b"Q": lambda r: r.stack.append(r.persistent(*r._pop(1))) if r.persistent else r.marks.pop(),
+}
+
+
+def read_pickle(
+    raw: bytes, makers: Mapping[str, Callable[..., Any]], persistent: Callable[[Any], Any] | None = None
+) -> Any:
+    """Return what a pickle holds: plain values, and a `Record` for each object.
+
+    `makers` make the few objects that are wanted as such, by the dotted name in the pickle; `persistent` makes one of
+    a persistent id. Raises NotDataError, with the name, when the pickle names anything else than classes of data, and
+    ValueError when it is damaged.
+    """
+    try:
+        return _Reader(raw, makers, persistent).load()
+    except ValueError:
+        raise
+    except (LookupError, TypeError, AttributeError, struct.error, RecursionError, MemoryError) as error:
+        raise ValueError(f"its pickle is damaged ({type(error).__name__})") from error

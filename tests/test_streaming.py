@@ -1,0 +1,371 @@
+"""The streaming core: every byte lands where it belongs, with its checksum, whatever the sizes and the file system."""
+
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+import zlib
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import peers, streaming
+from megatron.pruning import filling
+from megatron.pruning.dist_file import read_metadata
+from megatron.pruning.filling import EXTENT_BYTES, Segment, fill, finish
+from megatron.pruning.formats import open_checkpoint, save_checkpoint
+from megatron.pruning.layout import Layout
+from megatron.pruning.manifest import MANIFEST, Digest, manifest_bytes, read_manifest, verify
+from megatron.pruning.torch_archive import archive, tensor
+from megatron.pruning.views import BITS, BYTES, Bits, Index, View, cast, concat, read_all, take
+
+
+class Held(View):
+    """A tensor in memory."""
+
+    def __init__(self, bits: Bits, dtype: str = "bf16") -> None:
+        self.bits, self.shape, self.dtype = bits, bits.shape, dtype
+
+    def read_into(self, rows: Index, out: Bits) -> None:
+        out[:] = self.bits[rows]
+
+
+def random_view(*shape: int, dtype: str = "bf16", seed: int = 0) -> Held:
+    """Return a tensor of random bits, NaNs of every kind among them."""
+    kind = BITS[BYTES[dtype]]
+    info = np.iinfo(kind)
+    return Held(np.random.default_rng(seed).integers(info.min, info.max, shape, kind, endpoint=True), dtype)
+
+
+def test_every_format_gets_a_manifest_of_all_its_files(gqa: Path, tmp_path: Path) -> None:
+    for format in ("hf", "torch", "torch_dist"):
+        path = tmp_path / format
+        save_checkpoint(open_checkpoint(gqa), path, format=format, layout=Layout(2, 2))
+        files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        content = json.loads(files.pop(MANIFEST))
+        assert content == {"format": 1, "files": {
+            name: {"bytes": len(raw), "crc32": f"{zlib.crc32(raw):08x}"} for name, raw in files.items()
+        }}  # fmt: skip
+        assert verify(path) == []
+
+
+@pytest.mark.parametrize(
+    "damage,problem",
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: os.truncate(path, 1000), "has 1000 bytes, its manifest says"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"~"), "has crc32 .*, its manifest says"),
+    ],
+)
+def test_verify_names_what_is_not_right(gqa: Path, tmp_path: Path, damage, problem: str) -> None:
+    save_checkpoint(open_checkpoint(gqa), tmp_path / "out", format="hf")
+    damage(tmp_path / "out/model.safetensors")
+    (found,) = verify(tmp_path / "out")
+    assert "model.safetensors" in found
+    assert re.search(problem, found)
+
+
+@pytest.mark.parametrize(
+    "text,problem",
+    [
+        ("{", "is not a manifest"),
+        ("[]", "is not a manifest"),
+        ('{"format": 2, "files": {}}', "it has format 2, this program reads 1"),
+        ('{"format": 1, "files": {"../x": {"bytes": 1, "crc32": "0"}}}', "outside its own directory"),
+        ('{"format": 1, "files": {"/etc/x": {"bytes": 1, "crc32": "0"}}}', "outside its own directory"),
+        ('{"format": 1, "files": {"x": {"bytes": 1}}}', "is not a manifest"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match=problem):
+        read_manifest(tmp_path / MANIFEST)
+
+
+def test_a_directory_without_a_manifest_cannot_be_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no manifest\.json, so there is nothing to check it against"):
+        verify(tmp_path)
+
+
+@given(st.lists(st.binary(max_size=300), max_size=8))
+def test_digests_add_up_to_the_digest_of_the_whole(pieces: list[bytes]) -> None:
+    assert sum(map(Digest.of, pieces), Digest()) == Digest.of(b"".join(pieces))
+
+
+def test_torch_and_zip_find_rank_files_whole(gqa: Path, tmp_path: Path) -> None:
+    save_checkpoint(open_checkpoint(gqa), tmp_path / "m", format="torch", layout=Layout(2, 1))
+    again = tmp_path / "again"
+    for path in sorted((tmp_path / "m").rglob("*.pt")):
+        assert zipfile.ZipFile(path).testzip() is None  # reads every entry and checks its crc32
+        assert all(entry.CRC for entry in zipfile.ZipFile(path).infolist())
+        with torch.serialization.safe_globals([Namespace]):
+            plain, mapped = (torch.load(path, weights_only=True, mmap=mmap) for mmap in (False, True))
+            torch.save(plain, again)  # what torch writes of it holds the same
+            round_trip = torch.load(again, weights_only=True)
+        assert plain["args"] == mapped["args"] == round_trip["args"]
+        for key, value in plain["model"].items():
+            assert torch.equal(value, mapped["model"][key]) and torch.equal(value, round_trip["model"][key])
+            assert value.data_ptr() % 64 == mapped["model"][key].data_ptr() % 64 == 0
+
+
+def test_zip_finds_every_entry_of_torch_dist_whole(gqa: Path, tmp_path: Path) -> None:
+    save_checkpoint(open_checkpoint(gqa), tmp_path / "m", format="torch_dist")
+    chunks = [chunk for entry in read_metadata(tmp_path / "m/release").values() for chunk in entry.chunks]
+    assert len(chunks) > 30
+    for chunk in chunks:
+        raw = chunk.path.read_bytes()[chunk.start : chunk.start + chunk.length]
+        assert zipfile.ZipFile(io.BytesIO(raw)).testzip() is None
+
+
+@pytest.mark.skipif(shutil.which("unzip") is None, reason="no unzip here")
+def test_unzip_finds_a_rank_file_whole(gqa: Path, tmp_path: Path) -> None:
+    save_checkpoint(open_checkpoint(gqa), tmp_path / "m", format="torch")
+    file = tmp_path / "m/release/mp_rank_00/model_optim_rng.pt"
+    done = subprocess.run(["unzip", "-t", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0 and "No errors detected" in done.stdout, done.stdout
+
+
+def test_storages_beyond_four_gibibytes_are_read_by_torch_and_zip(tmp_path: Path) -> None:
+    large, small = Held(np.broadcast_to(np.int16(0), (3, 1 << 30))), random_view(5, 3)
+    sizes = {"large": large.nbytes, "small": small.nbytes}
+    path = tmp_path / "large.pt"
+    with path.open("wb") as file:
+        for part in archive({"large": tensor(large, 0), "small": tensor(small, 1)}, sizes, {}):
+            if part == "small":
+                file.write(small.bits.tobytes())
+            elif part == "large":
+                file.seek(large.nbytes, os.SEEK_CUR)  # a hole
+            else:
+                file.write(part)
+    assert [entry.file_size for entry in zipfile.ZipFile(path).infolist()][2:4] == [6 << 30, 30]
+    content = torch.load(path, weights_only=True, mmap=True)
+    assert content["large"].shape == (3, 1 << 30) and int(content["large"][2, -1]) == 0
+    assert torch.equal(content["small"].view(torch.int16), torch.from_numpy(small.bits))
+
+
+def segments(*contents: bytes | View) -> list[Segment]:
+    """Lay out contents one after the other."""
+    made, at = [], 0
+    for i, content in enumerate(contents):
+        size = len(content) if isinstance(content, bytes) else content.nbytes
+        made.append(Segment(at, at + size, None if isinstance(content, bytes) else str(i), content))
+        at += size
+    return made
+
+
+def no_direct_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system does not know O_DIRECT, as tmpfs."""
+
+    def refuse(descriptor: int, direct: bool) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(filling, "_set_direct", refuse)
+
+
+def direct_writes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system takes the flag, but no write that has it."""
+    write = os.pwrite
+
+    def refuse(descriptor: int, data: memoryview, offset: int) -> int:
+        if filling.fcntl.fcntl(descriptor, filling.fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(descriptor, data, offset)
+
+    monkeypatch.setattr(filling.os, "pwrite", refuse)
+
+
+def short_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system writes a page at a time."""
+    write = os.pwrite
+    monkeypatch.setattr(filling.os, "pwrite", lambda descriptor, data, offset: write(descriptor, data[:4096], offset))
+
+
+@pytest.mark.parametrize("system", [lambda _: None, no_direct_writes, direct_writes_fail, short_writes])
+def test_every_byte_lands_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system) -> None:
+    system(monkeypatch)
+    views = [random_view(1001, 777), random_view(3), random_view(7, 5, dtype="fp32"), random_view(2, 700_001)]
+    laid = segments(b"head", views[0], b"", b"between", *views[1:3], b"x" * 5000, views[3], b"tail")
+    wanted = [part.content if isinstance(part.content, bytes) else part.content.bits.tobytes() for part in laid]
+    assert laid[-1].stop > 4 * EXTENT_BYTES
+    told: list[int] = []
+    digests = fill(tmp_path / "file", laid, told.append)
+    assert (tmp_path / "file").read_bytes() == b"".join(wanted)
+    assert digests == [Digest.of(content) for content in wanted]
+    assert sum(told) == sum(view.nbytes for view in views)
+    finish(tmp_path / "file", [(1, b"EA"), (laid[-1].start, b"TAIL")])
+    assert (tmp_path / "file").read_bytes() == b"hEAd" + b"".join(wanted)[4:-4] + b"TAIL"
+
+
+def test_an_empty_file_can_be_written(tmp_path: Path) -> None:
+    assert fill(tmp_path / "file", segments(b""), lambda _: None) == [Digest()]
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_one_thread_that_fails_ends_the_others(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    class Broken(Held):
+        def read_into(self, rows: Index, out: Bits) -> None:
+            read.append(int(rows[0]))
+            time.sleep(0.02)
+            if not threading.current_thread().name.endswith("_0"):  # the one whose end is waited for first
+                raise ValueError("it cannot be read")
+            super().read_into(rows, out)
+
+    view = Broken(np.zeros((64 * 512, 1024), np.int16))  # 64 extents of 512 rows
+    with pytest.raises(ValueError, match="it cannot be read"):
+        fill(tmp_path / "file", segments(view), lambda _: None)
+    assert len(read) < 32
+
+
+def test_a_full_disk_is_said_of_the_file_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(filling.os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left") as failure:
+        fill(tmp_path / "file", segments(random_view(10, 10)), lambda _: None)
+    assert failure.value.filename == str(tmp_path / "file")
+
+
+def test_a_source_that_fails_is_said_of_the_source(gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_checkpoint(gqa)
+
+    def broken(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(OSError, match="Input/output error") as failure:
+        save_checkpoint(source, tmp_path / "out", format="torch")
+    assert failure.value.filename == str(gqa / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 9), st.integers(1, 9), st.sampled_from(sorted(BYTES)), st.booleans())
+def test_any_stretch_of_bytes_is_read_alike(
+    data: st.DataObject, rows: int, columns: int, dtype: str, flat: bool
+) -> None:
+    parts = [random_view(*(n,) if flat else (n, columns), dtype=dtype, seed=n) for n in (rows, 1, rows + 1)]
+    view = concat(parts, 0)
+    raw = b"".join(part.bits.tobytes() for part in parts)
+    start = data.draw(st.integers(0, len(raw)))
+    stop = data.draw(st.integers(start, len(raw)))
+    room = np.zeros(stop - start + 1, np.uint8)
+    out = room[data.draw(st.integers(0, 1)) :][: stop - start]  # also where the elements are not aligned
+    view.read_bytes(start, out)
+    assert out.tobytes() == raw[start:stop]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 7), min_size=1, max_size=12),
+    st.sampled_from([1, 2, 4, 8, 16, 24, 32]),
+    st.sampled_from(sorted(BYTES)),
+)
+def test_columns_are_taken_as_numpy_takes_them(blocks: list[int], width: int, dtype: str) -> None:
+    index = (np.array(blocks)[:, None] * width + np.arange(width)).ravel()
+    view = random_view(6, 9 * width, dtype=dtype)
+    for chosen in (index, index[1:], index[:-1], index + 1 if width > 1 else index):
+        assert np.array_equal(read_all(take(view, 1, chosen)), view.bits[:, chosen])
+    rows = np.array([5, 0, 0, 3])
+    both = take(take(view, 0, rows), 1, index)
+    assert np.array_equal(read_all(both), view.bits[rows][:, index])
+    joined = concat([both, take(view, 0, rows)], 1)
+    assert np.array_equal(read_all(joined), np.concatenate([view.bits[rows][:, index], view.bits[rows]], 1))
+
+
+@pytest.mark.parametrize("before", sorted(BYTES))
+@pytest.mark.parametrize("after", ["bf16", "fp32"])
+def test_values_are_rounded_as_torch_rounds_them(before: str, after: str) -> None:
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    bits = np.arange(1 << 16).astype(np.uint16).view(np.int16)
+    if before == "fp32":  # every upper half, with lower halves on both sides of and on a tie
+        halves = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.int32)
+        bits = ((bits.astype(np.int32) << 16)[:, None] | halves).ravel()
+    found = torch.from_numpy(read_all(cast(Held(bits, before), after))).view(kinds[after])
+    wanted = torch.from_numpy(bits).view(kinds[before]).to(kinds[after])
+    number = ~wanted.isnan()
+    assert torch.equal(found.isnan(), wanted.isnan()) and int(number.sum()) > 60_000
+    assert torch.equal(found[number].view(torch.uint8), wanted[number].view(torch.uint8))
+
+
+def test_fp16_is_rounded_as_torch_rounds_it() -> None:
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 3, 100_000)
+    values[:3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    found = torch.from_numpy(read_all(cast(Held(values.view(torch.int32).numpy(), "fp32"), "fp16"))).view(torch.float16)
+    assert torch.equal(found[3:], values[3:].half()) and torch.equal(found[:2], values[:2].half())
+    assert bool(found[2].isnan())
+
+
+def test_plans_are_made_without_torch(gqa: Path, tmp_path: Path) -> None:
+    save_checkpoint(open_checkpoint(gqa), tmp_path / "torch", format="torch", layout=Layout(2, 2))
+    save_checkpoint(open_checkpoint(gqa), tmp_path / "dist", format="torch_dist")
+    script = (
+        "import sys; import prune_llama; prune_llama.main(sys.argv[1:]);"
+        "print(sorted({'torch', 'transformers', 'megatron.core'} & set(sys.modules)))"
+    )
+    for source in (gqa, tmp_path / "torch", tmp_path / "dist"):
+        flags = ["--load", str(source), "--save", str(tmp_path / "out"), "--drop-layers", "1,2", "--plan-only"]
+        command = [sys.executable, "-c", script, *flags]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.endswith("[]\n"), done.stdout + done.stderr
+
+
+def test_manifests_are_the_same_whatever_the_order(tmp_path: Path) -> None:
+    digests = {"b": Digest(1, 2), "a/c": Digest(3, 0xFFFFFFFF)}
+    assert manifest_bytes(digests) == manifest_bytes(dict(reversed(digests.items())))
+    (tmp_path / MANIFEST).write_bytes(manifest_bytes(digests))
+    assert read_manifest(tmp_path / MANIFEST) == digests
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> streaming.Bench:
+    """The benchmark, with a model that takes no time."""
+    streaming.SIZES["tiny"] = streaming.llama(3, 64, 96, 4, 2), (48, 64, 2, 2)
+    return streaming.Bench("tiny", tmp_path_factory.mktemp("bench"), repeat=1, peers=True)
+
+
+@pytest.mark.parametrize("case", [case for case in streaming.CASES if case.peer], ids=lambda case: case.name)
+def test_what_the_benchmark_compares_with_does_the_same_work(bench: streaming.Bench, case: streaming.Case) -> None:
+    source, ours, theirs = bench.source(case.source), bench.top / "ours", bench.top / "theirs"
+    subprocess.run(case.command(source, ours, bench.remain), env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    getattr(peers, str(case.peer))(source, ours, theirs)
+    if case.target == "hf":
+        wanted, found = tensors(theirs), tensors(ours)
+    else:
+        wanted, found = (peers.load_rank(path)["model"] for path in (theirs, ours))
+    assert wanted.keys() == found.keys() and len(wanted) > 10
+    for key, value in found.items():
+        assert torch.equal(value.view(torch.int16), wanted[key].view(torch.int16)), key
+    shutil.rmtree(ours)
+    shutil.rmtree(theirs)
+
+
+def test_the_benchmark_measures_and_tells(
+    bench: streaming.Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--size", "tiny", "--cases", "prune hf", "export torch to hf", "--repeat", "2", "--no-peers"]
+    streaming.main([*flags, "--work-dir", str(tmp_path), "--figure", str(tmp_path / "a.png")])
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split(" |")[0] for line in table[2:]] == ["| prune hf", "| export torch to hf"]
+    for line in table[2:]:
+        columns = [cell.strip() for cell in line.split("|")[2:-1]]
+        assert columns[-3:] == ["-", "-", "-"] and all(float(cell) > 0 for cell in columns[1:-3])
+        assert 5 < float(columns[7]) < 100  # MB, of which most is python and numpy
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
