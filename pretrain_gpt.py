@@ -10,11 +10,14 @@
     # from scratch: leave out --load, or name the same new directory in --load and --save
     python pretrain_gpt.py --num-layers 8 --hidden-size 160 ... --load NEW --save NEW
 
+    # distillation: learn the unpruned model's distribution instead of the text's next token
+    python pretrain_gpt.py --use-checkpoint-args ... --teacher-load UNPRUNED
+
 The loop, the optimizer, the schedules, the checkpoints and the flags are Megatron's (`megatron.training`, from the
 wheel of megatron-core). Added are defaults for machines without a GPU or without TransformerEngine (cpu_device.py,
 training_flags.py), local layers whose attention is torch's (local_layers.py), a loader that refuses what does not fit
-(strict_loading.py; the stock one warns and trains from random weights), and the files beside a checkpoint (tokenizer,
-plan, command line), which follow it to --save.
+(strict_loading.py; the stock one warns and trains from random weights), the files beside a checkpoint (tokenizer, plan,
+command line), which follow it to --save, and distillation from a teacher (distillation.py).
 """
 
 import argparse
@@ -44,12 +47,12 @@ with quiet_imports():
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
     from megatron.training import checkpointing, get_args, get_timers, get_tokenizer, training
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
     from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-    from megatron.pruning.local_layers import local_layers
+    from megatron.pruning.local_layers import gpt_config
     from megatron.pruning.strict_loading import carry_files, load_strictly, one_sentence, require_checkpoint, source_of
     from megatron.pruning.training_flags import add_defaults, flags_refused, refuse_impossible, refuse_without_libraries
 
@@ -67,13 +70,13 @@ def main() -> None:
     args = read_arguments()
     carry_files(args)
 
+    step = forward_step
     with flags_refused():
-        model = gpt_config_from_args(args)
-    model.rope_scaling_factor = args.rope_scaling_factor  # a stock flag that stock does not pass on
-    if args.transformer_impl == "local" and args.spec is None:
-        model.transformer_layer_spec = local_layers
-    if cpu_device.is_installed():
-        cpu_device.adjust(model.transformer)
+        model = gpt_config(args)
+        if args.teacher_load:
+            from megatron.pruning.distillation import Distillation
+
+            step = functools.partial(forward_step, distillation=Distillation(args, model))
 
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
         # The wheel carries the helpers built and no Makefile, and the stock loop would run make.
@@ -84,7 +87,7 @@ def main() -> None:
     training.load_checkpoint = functools.partial(load_strictly, checkpointing.load_checkpoint)
     with flags_refused():
         config = pretrain_cfg_container_from_args(args, model)
-        training.pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
+        training.pretrain(config, datasets, ModelType.encoder_or_decoder, step)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -153,8 +156,13 @@ def datasets(samples: list[int | None], vp_stage: int | None = None) -> tuple[An
 datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank asks, `built_here` decides
 
 
-def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None) -> dict[str, Any]:
-    """This rank's part of the next micro batch; values are `[batch, sequence]`, None on middle pipeline stages."""
+def get_batch(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None, whole: bool = False
+) -> dict[str, Any]:
+    """This rank's part of the next micro batch; values are `[batch, sequence]`, none on middle pipeline stages.
+
+    The first stage has the tokens and the last one the labels; `whole` gives both of them all.
+    """
     args = get_args()
     if not is_first_or_last_pipeline_stage(vp_stage):
         return {}
@@ -175,23 +183,32 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage:
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        pipeline_model_parallel_size=1 if whole else args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
     )
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
 
 
-def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """One micro batch through this stage: its output, and the function that makes the loss of it on the last stage."""
+def forward_step(data_iterator: Any, model: Any, distillation: Any = None) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """One micro batch through this stage: its output, and the function that makes the loss of it on the last stage.
+
+    With a teacher the loss in training is that of `distillation`; validation has the language-model loss as ever.
+    """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), whole=distillation is not None)
     timers("batch-generator").stop()
+    taught = distillation.of(batch) if distillation is not None and model.training else {}
     output = model(
-        batch.get("tokens"), batch.get("position_ids"), batch.get("attention_mask"), labels=batch.get("labels")
+        batch.get("tokens"),
+        batch.get("position_ids"),
+        batch.get("attention_mask"),
+        labels=batch.get("labels"),
+        **taught,
     )
-    return output, functools.partial(token_loss, batch.get("loss_mask"))
+    loss = functools.partial(distillation.loss, token_loss) if taught else token_loss
+    return output, functools.partial(loss, batch.get("loss_mask"))
 
 
 def token_loss(

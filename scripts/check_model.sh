@@ -6,6 +6,7 @@
 #   TOKENIZER_MODEL=Llama-2-13b/tokenizer.model GPUS_PER_NODE=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 \
 #   bash scripts/check_model.sh
 #
+# TEACHER_LOAD=llama-13b-hf learns the distribution of that model, of any format, shape and layout, on top.
 # Further flags of pretrain_gpt.py (all of Megatron's) may follow and win over those given here.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -35,6 +36,9 @@ SPLIT=${SPLIT:-949,50,1}
 TOKENIZER_TYPE=${TOKENIZER_TYPE:-Llama2Tokenizer}
 TOKENIZER_MODEL=${TOKENIZER_MODEL:-}
 TENSORBOARD_PATH=${TENSORBOARD_PATH:-$SAVE_PATH/tensorboard}
+TEACHER_LOAD=${TEACHER_LOAD:-}                 # distillation: the unpruned model, e.g. $RUNS/parent; empty: none
+KD_ALPHA=${KD_ALPHA:-1.0}                      # share of the distillation loss; the rest is the language-model loss
+KD_TEMPERATURE=${KD_TEMPERATURE:-1.0}
 # The hyper-parameters of the reference's 13B -> 7B recovery: 4.2M tokens a step, 20B in all.
 SEQ_LENGTH=${SEQ_LENGTH:-4096}
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}
@@ -111,7 +115,10 @@ else
     data=(--data-path "${split[@]}" --split "$SPLIT")
 fi
 
-launch "$GPUS_PER_NODE" "$ROOT/pretrain_gpt.py" "${model[@]}" "${precision[@]}" "${data[@]}" \
+teacher=()
+[ -z "$TEACHER_LOAD" ] || teacher=(--teacher-load "$TEACHER_LOAD" --kd-alpha "$KD_ALPHA" --kd-temperature "$KD_TEMPERATURE")
+
+launch "$GPUS_PER_NODE" "$ROOT/pretrain_gpt.py" "${model[@]}" "${precision[@]}" "${data[@]}" "${teacher[@]}" \
     --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER_MODEL" \
     --load "$SAVE_PATH" --pretrained-checkpoint "$LOAD_PATH" --save "$SAVE_PATH" --ckpt-format torch \
     --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" \

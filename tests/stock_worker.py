@@ -1,10 +1,11 @@
-"""Run many cases of pretrain_gpt.py from one process: Megatron is imported once, and every rank is a fork.
+"""Run many cases of pretrain_gpt.py, or of another program: Megatron is imported once, and every rank is a fork.
 
     python tests/stock_worker.py FOLDER
 
 Each line of standard input is a JSON list of cases {"name": NAME, "words": [FLAG, ...], "ranks": COUNT}, run two at a
 time in FOLDER; NAME.log there takes what all ranks of a case print. As each ends, "NAME STATUS" is printed: 0, or that
-of the first rank that failed. A case that takes too long is killed, as is what is left of one in which a rank failed.
+of the first rank that failed. A case that takes too long is killed, as is what is left of one in which a rank failed,
+and one that says {"kill_after": STEP} when it has logged that step. {"program": NAME} runs another of the project's.
 """
 
 import importlib
@@ -14,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch.distributed import TCPStore
@@ -24,8 +26,15 @@ AT_ONCE, TIMEOUT, GRACE = 2, 90.0, 2.0  # cases; seconds for one, and for the ot
 class Case:
     """The ranks of one run of the stock loop, as children of this process."""
 
-    def __init__(self, name: str, words: list[str], ranks: int) -> None:
-        self.name, self.status = name, 0
+    def __init__(
+        self,
+        name: str,
+        words: list[str],
+        ranks: int,
+        kill_after: int | None = None,
+        program: str = "pretrain_gpt",
+    ) -> None:
+        self.name, self.status, self.kill_after = name, 0, kill_after
         self.deadline = time.monotonic() + TIMEOUT
         # Where the ranks meet. As under torchrun it is the parent's, which asked the system for a port: one that is
         # found free and given back may be another case's before it is used.
@@ -35,11 +44,12 @@ class Case:
             "MASTER_PORT": f"{self.store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
+        Path(f"{name}.log").touch()
         self.children: set[int] = set()
         for rank in range(ranks):
             child = os.fork()
             if child == 0:
-                train(name, words, world | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
+                be_rank(name, program, words, world | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
             self.children.add(child)
 
     def ended(self) -> bool:
@@ -52,23 +62,24 @@ class Case:
             if status and not self.status:
                 self.status = os.waitstatus_to_exitcode(status)
                 self.deadline = min(self.deadline, time.monotonic() + GRACE)
+        if self.kill_after and f"iteration {self.kill_after:8d}/" in Path(f"{self.name}.log").read_text():
+            self.deadline = 0.0
         if time.monotonic() > self.deadline:
             for child in self.children:
                 os.kill(child, signal.SIGKILL)
         return not self.children
 
 
-def train(name: str, words: list[str], settings: dict[str, str]) -> NoReturn:
+def be_rank(name: str, program: str, words: list[str], settings: dict[str, str]) -> NoReturn:
     """Be one rank of a case: what torchrun would start."""
-    import pretrain_gpt
-
     os.environ.update(settings)
-    sys.argv = ["pretrain_gpt.py", *words]
+    sys.argv = [f"{program}.py", *words]
     log = os.open(f"{name}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     status: Any = 99
     try:
-        pretrain_gpt.run()
+        entry = importlib.import_module(program)
+        entry.run() if program == "pretrain_gpt" else entry.run(entry.main)
         status = 0
     except SystemExit as leave:
         status = leave.code or 0
@@ -91,8 +102,9 @@ def run(cases: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
     # Before the forks, which then have them: the loop, and what each rank would import for a second.
-    for module in ("pretrain_gpt", "megatron.core.tokenizers.text"):
+    for module in ("pretrain_gpt", "score_importance", "megatron.core.tokenizers.text"):
         importlib.import_module(module)
 
     os.chdir(sys.argv[1])

@@ -1,28 +1,24 @@
 """The stock training loop on a CPU: layouts agree, a killed run resumes bit for bit, bad checkpoints are refused.
 
-A launch costs seconds of imports, so one driver process imports pretrain_gpt once and forks a child for every rank of
-the runs below, in order; two runs are launched as a user does it, by torchrun.
+A launch costs seconds of imports, so one process imports pretrain_gpt once and forks a child for every rank of the runs
+below, in order (stock_loop.py); two runs are launched as a user does it, by torchrun.
 """
 
-import json
 import math
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_whole
+from conftest import ROOT, load_whole
+from stock_loop import Run, StockLoop, environment
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVED, KILLED = 24, 10, 16  # the whole run, the checkpoint to resume from, the step after which -9 comes
 MODEL = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention "
@@ -34,112 +30,6 @@ TRAINING = (
     f"--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters {STEPS} --lr 1e-2 "
     f"--lr-decay-style cosine --clip-grad 1.0 --log-interval 1 --eval-iters 0 --save-interval {SAVED}"
 )
-DRIVER = """
-import json, os, signal, sys, time
-sys.path.insert(0, {root!r})
-
-def child(words, log, settings):
-    os.environ.update(settings)
-    sys.argv = ["pretrain_gpt.py", *words]
-    out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(out, 1), os.dup2(out, 2)
-    try:
-        pretrain_gpt.run()
-        code = 0
-    except SystemExit as leave:
-        code = leave.code or 0
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        code = 99
-    sys.stdout.flush()
-    os._exit(code)
-
-def main():
-    for line in sys.stdin:
-        log, words, kill_after, ranks = json.loads(line)
-        children = []
-        for settings in ranks:
-            children.append(os.fork())
-            if children[-1] == 0:
-                child(words, log, settings)
-        pid, *others = children
-        done = 0
-        while kill_after and not done:
-            time.sleep(0.002)
-            done, status = os.waitpid(pid, os.WNOHANG)
-            seen = open(log).read() if os.path.exists(log) else ""
-            if not done and f"iteration {{kill_after:8d}}/" in seen:
-                os.kill(pid, signal.SIGKILL)
-                break
-        if not done:
-            _, status = os.waitpid(pid, 0)
-        for other in others:
-            status = status or os.waitpid(other, 0)[1]
-        print("exit", os.waitstatus_to_exitcode(status), flush=True)
-
-if __name__ == "__main__":
-    import pretrain_gpt
-    main()
-"""
-
-
-@dataclass
-class Run:
-    """What a training run left: its exit status and its log."""
-
-    code: int
-    log: str
-
-    @property
-    def losses(self) -> dict[int, float]:
-        """Loss by step. The stock log's first line after a start is counted again in its second."""
-        return {int(step): float(loss) for step, loss in re.findall(r"iteration +(\d+)/.*lm loss: (\S+)", self.log)}
-
-    @property
-    def error(self) -> str:
-        """The sentence that ended the run."""
-        lines = [line for line in self.log.splitlines() if re.match(r"(\[rank \d+\] )?error: ", line)]
-        assert len(lines) == 1, self.log[-2000:]
-        return lines[0]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-class Forker:
-    """The driver process of this module, and the folder that its runs write to."""
-
-    def __init__(self, folder: Path) -> None:
-        (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
-        self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, "driver.py"],
-            cwd=folder,
-            env=environment() | {"LOCAL_WORLD_SIZE": "2"},  # how many devices the stand-in says there are
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def run(self, name: str, words: str, kill_after: int | None = None, processes: int = 1) -> Run:
-        """Runs pretrain_gpt.py with these flags, killed with -9 after a step if that is asked for."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        ranks: list[dict[str, str]] = [{}]  # as without torchrun
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            ranks = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-        self.process.stdin.write(json.dumps([f"{name}.log", words.split(), kill_after, ranks]) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline().split()
-        assert answer[:1] == ["exit"], "the driver died"
-        return Run(int(answer[1]), (self.folder / f"{name}.log").read_text())
 
 
 def launched(folder: Path, processes: int, words: str) -> Run:
@@ -171,20 +61,20 @@ DATA = "--train-data-path data --data-cache-path cache"
 
 
 @pytest.fixture(scope="module")
-def forker(folder: Path) -> Iterator[Forker]:
-    """Starts and ends the driver."""
-    forker = Forker(folder)
+def forker(folder: Path) -> Iterator[StockLoop]:
+    """Starts and ends the process that forks."""
+    forker = StockLoop(folder)
     yield forker
-    forker.process.communicate()
+    forker.close()
 
 
 @pytest.fixture(scope="module")
-def trained(forker: Forker) -> dict[str, Run]:
+def trained(forker: StockLoop) -> dict[str, Run]:
     """Whole runs in both formats, and one killed with -9 and started again by the same command."""
     again = f"{MODEL} {TRAINING} {DATA} --ckpt-format torch --load again --save again"
     runs = {
         "whole": forker.run("whole", f"{MODEL} {TRAINING} {DATA} --ckpt-format torch --load whole --save whole"),
-        "killed": forker.run("killed", again, KILLED),
+        "killed": forker.run("killed", again, kill_after=KILLED),
         "again": forker.run("again", again),
         "dist": forker.run("dist", f"{MODEL} {TRAINING} {DATA} --save dist"),
         "dist_again": forker.run(
@@ -227,14 +117,16 @@ def test_formats_train_and_resume_alike(trained: dict[str, Run]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
-def test_layouts_continue_the_same_training(layout: str, folder: Path, forker: Forker, trained: dict[str, Run]) -> None:
+def test_layouts_continue_the_same_training(
+    layout: str, folder: Path, forker: StockLoop, trained: dict[str, Run]
+) -> None:
     words = f"{MODEL} {TRAINING} {DATA} --load dist --ckpt-step {SAVED}"
     if layout == "tensor":
         run = launched(folder, 2, f"{words} --tensor-model-parallel-size 2 --sequence-parallel --save tensor")
         assert (folder / "tensor" / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
     else:
         stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
-        run = forker.run(layout, f"{words} {stages}", processes=2)
+        run = forker.run(layout, f"{words} {stages}", ranks=2)
     assert run.code == 0, run.log[-3000:]
     compared = range(SAVED + 3, STEPS + 1)
     assert [run.losses[step] for step in compared] == pytest.approx(
@@ -242,8 +134,24 @@ def test_layouts_continue_the_same_training(layout: str, folder: Path, forker: F
     )
 
 
+UNFUSED = "--spec megatron.pruning.local_layers unfused_layers"
+
+
+@pytest.mark.parametrize("masked", ["causal", "documents apart"])
+def test_torch_attention_trains_as_megatrons_own(masked: str, forker: StockLoop, trained: dict[str, Run]) -> None:
+    words = f"{MODEL} {TRAINING} {DATA} --load dist --ckpt-step {SAVED} --exit-interval {SAVED + 5}"
+    if masked != "causal":
+        words += " --reset-attention-mask --null-tokenizer-eod-id 7"
+    name = masked.replace(" ", "_")
+    ours, theirs = forker.run(name, words), forker.run(f"{name}_unfused", f"{words} {UNFUSED}")
+    assert ours.code == theirs.code == 0, theirs.log[-3000:]
+    assert list(ours.losses) == list(range(SAVED + 1, SAVED + 6))
+    assert ours.losses == pytest.approx(theirs.losses, abs=2e-5)
+    assert (ours.losses[SAVED + 5] == trained["dist"].losses[SAVED + 5]) == (masked == "causal"), "what is masked?"
+
+
 def test_norms_named_as_transformer_engine_does_resume_bitwise(
-    folder: Path, forker: Forker, trained: dict[str, Run]
+    folder: Path, forker: StockLoop, trained: dict[str, Run]
 ) -> None:
     shutil.copytree(folder / "whole" / f"iter_{SAVED:07d}", folder / "te" / f"iter_{SAVED:07d}")
     (folder / "te" / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
@@ -283,7 +191,7 @@ def test_local_norms_load_into_layers_of_transformer_engine() -> None:
 
 
 def test_other_schedule_resumes_only_when_it_is_asked_for(
-    folder: Path, forker: Forker, trained: dict[str, Run]
+    folder: Path, forker: StockLoop, trained: dict[str, Run]
 ) -> None:
     longer = f"{MODEL} {TRAINING} {DATA} --load whole --ckpt-step {SAVED} --train-iters {2 * STEPS}"
     refused = forker.run("longer", longer)
@@ -337,7 +245,7 @@ def damage(folder: Path, name: str, source: str, change: str) -> None:
 
 
 def test_checkpoint_or_flags_that_do_not_fit_are_refused_in_one_sentence(
-    folder: Path, forker: Forker, trained: dict[str, Run]
+    folder: Path, forker: StockLoop, trained: dict[str, Run]
 ) -> None:
     fc2 = "decoder.layers.1.mlp.linear_fc2.weight"
     damaged = {
@@ -388,7 +296,7 @@ def test_checkpoint_or_flags_that_do_not_fit_are_refused_in_one_sentence(
 
 
 def test_files_beside_the_checkpoint_follow_it_and_its_arguments_are_enough(
-    folder: Path, forker: Forker, trained: dict[str, Run]
+    folder: Path, forker: StockLoop, trained: dict[str, Run]
 ) -> None:
     parent = folder / "whole"
     (parent / "huggingface").mkdir()

@@ -1,29 +1,35 @@
 """Validation loss and perplexity of checkpoints, side by side, whatever their formats and layouts.
 
     python tools/evaluate.py --load assets/tiny-llama --load runs/pruned --load runs/recovered --data runs/data/valid
+    python tools/evaluate.py --load runs/parent --load runs/recovered --tasks arc_easy,hellaswag  # pip install lm-eval
 
 The loss is the mean cross entropy in nats over all tokens of consecutive, full windows, computed by transformers'
 own model from the logical weights: no conversion is needed first. The training loop's own figures are a little
 higher where its vocabulary is padded, since the padding takes part in its softmax.
+
+--tasks are those of lm-evaluation-harness, its own or those of --task-folder, with the same model and the tokenizer
+that lies beside the checkpoint.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from megatron.pruning.arguments import hyphenated, new_parser, run
+from megatron.pruning.arguments import hyphenated, new_parser, positive, run
 from megatron.pruning.checkpoint import Checkpoint
 from megatron.pruning.config import config_to_hf, hf_export_problem
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.quiet import quiet_imports
+from megatron.pruning.text import windows
 from megatron.pruning.views import TORCH_NAMES, cast, read_all
 
 
@@ -32,7 +38,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = new_parser("evaluate.py", __doc__)
     gpu = torch.cuda.is_available()
     parser.add_argument("--load", type=Path, action="append", required=True, metavar="DIR", help="may be repeated")
-    parser.add_argument("--data", type=Path, required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx")
+    parser.add_argument(
+        "--data", type=Path, metavar="PREFIX", help="text to take the loss of: PREFIX.bin and .idx, or a .jsonl"
+    )
+    parser.add_argument("--tasks", type=lambda text: text.split(","), metavar="NAMES", help="separated by commas")
+    parser.add_argument("--task-folder", type=Path, metavar="DIR", help="with tasks of your own, as YAML")
+    parser.add_argument("--limit", type=positive, metavar="N", help="of each task, its first N documents only")
     parser.add_argument("--sequence-length", type=positive, default=512, help="tokens a window (default 512)")
     parser.add_argument(
         "--max-tokens", type=positive, default=200_000, help="of the data, from its start (default 200,000)"
@@ -42,13 +53,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default: a GPU when there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     return parser.parse_args(hyphenated(argv))
-
-
-def positive(text: str) -> int:
-    """Read a number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
 
 
 def build(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
@@ -69,36 +73,6 @@ def build(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
     return model.to(device).eval()
 
 
-def windows(prefix: Path, length: int, max_tokens: int, vocabulary: int) -> torch.Tensor:
-    """Return [windows, length + 1] consecutive tokens; each window begins with the last token of the one before.
-
-    Raises ValueError when there is no such data, too little of it, or a token that the model does not have.
-    """
-    with quiet_imports():
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    for suffix in (".bin", ".idx"):
-        if not Path(f"{prefix}{suffix}").is_file():
-            raise ValueError(f"--data {prefix}: there is no {prefix}{suffix}")
-    try:
-        data = IndexedDataset(str(prefix))
-    except Exception as error:  # its asserts say little
-        raise ValueError(f"--data {prefix}: {prefix}.idx is damaged or empty ({error})") from error
-    documents, count = [], 0
-    for document in data:
-        documents.append(torch.from_numpy(document.astype("int64")))
-        count += len(document)
-        if count > max_tokens:
-            break
-    tokens = torch.cat(documents)[: max_tokens + 1]
-    number = (len(tokens) - 1) // length
-    if number < 1:
-        raise ValueError(f"--data {prefix} has {len(tokens)} tokens: fewer than one window of {length + 1}")
-    if int(tokens.max()) >= vocabulary:
-        raise ValueError(f"--data {prefix} holds token {int(tokens.max())}, but the model has {vocabulary}")
-    return tokens[: number * length + 1].unfold(0, length + 1, length)
-
-
 @torch.no_grad()
 def loss(model: PreTrainedModel, data: torch.Tensor, batch: int, name: str) -> float:
     """Return the mean cross entropy in nats over every token but the first of each window."""
@@ -110,26 +84,79 @@ def loss(model: PreTrainedModel, data: torch.Tensor, batch: int, name: str) -> f
     return total / (data.shape[0] * (data.shape[1] - 1))
 
 
+def task_scores(checkpoint: Checkpoint, model: PreTrainedModel, args: argparse.Namespace) -> dict[str, float]:
+    """Return what lm-evaluation-harness measures, by "task metric". Raises ValueError without a tokenizer or a task."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    files = checkpoint.carried_files()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        Path(folder, "config.json").write_text(json.dumps(config_to_hf(checkpoint.config, args.dtype)))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--tasks: there is no tokenizer beside {checkpoint.path} that transformers reads"
+            ) from error
+    manager = TaskManager(include_path=args.task_folder)
+    unknown = [name for name in args.tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise ValueError(f"--tasks {','.join(unknown)}: lm-evaluation-harness has no such task, nor has --task-folder")
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
+    found = simple_evaluate(wrapped, tasks=args.tasks, task_manager=manager, limit=args.limit, log_samples=False)
+    return {
+        f"{task} {metric.removesuffix(',none')}": value
+        for task, metrics in found["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, float) and "_stderr" not in metric
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return one line a checkpoint and a column a figure."""
+    shown = {"path": str, "parameters": "{:,}".format, "perplexity": "{:.2f}".format}
+    lines = [["checkpoint", *list(results[0])[1:]]]
+    lines += [[shown.get(name, "{:.4f}".format)(value) for name, value in result.items()] for result in results]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    first, *others = widths
+    return "\n".join(
+        "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))])
+        for line in lines
+    )
+
+
 def main(argv: Sequence[str]) -> None:
-    """Evaluate every checkpoint on the same tokens and print one table."""
+    """Evaluate every checkpoint on the same tokens and tasks and print one table."""
     args = parse(argv)
+    if not args.data and not args.tasks:
+        raise ValueError("give --data, --tasks or both: what the checkpoints are to be compared on")
+    if args.tasks and not importlib.util.find_spec("lm_eval"):
+        raise ValueError("--tasks needs lm-evaluation-harness, which is not installed: pip install lm-eval==0.4.13")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no GPU here; leave it out")
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no directory {args.json.parent}")
     checkpoints = [open_checkpoint(path) for path in args.load]
-    smallest = min(checkpoint.config.vocab_size for checkpoint in checkpoints)
-    data = windows(args.data, args.sequence_length, args.max_tokens, smallest)
+    data = None
+    if args.data:
+        smallest = min(checkpoints, key=lambda checkpoint: checkpoint.config.vocab_size)
+        if args.max_tokens < args.sequence_length:
+            raise ValueError(f"--max-tokens {args.max_tokens} is less than a window of {args.sequence_length}")
+        number = args.max_tokens // args.sequence_length
+        data = torch.from_numpy(windows(args.data, args.sequence_length, number, smallest))
+        print(f"{data.shape[0] * args.sequence_length:,} tokens of {args.data}")
     results: list[dict[str, Any]] = []
     for checkpoint in checkpoints:
-        value = loss(build(checkpoint, args.dtype, args.device), data, args.batch_size, str(checkpoint.path))
-        results.append({"path": str(checkpoint.path), "parameters": checkpoint.config.parameters, "loss": value})
-    width = max(len(result["path"]) for result in results)
-    print(f"{data.shape[0] * args.sequence_length:,} tokens of {args.data}")
-    print(f"{'checkpoint':{width}}  {'parameters':>15}  {'loss':>8}  {'perplexity':>10}")
-    for result in results:
-        perplexity = math.exp(result["loss"])
-        print(f"{result['path']:{width}}  {result['parameters']:>15,}  {result['loss']:8.4f}  {perplexity:10.2f}")
+        model = build(checkpoint, args.dtype, args.device)
+        result: dict[str, Any] = {"path": str(checkpoint.path), "parameters": checkpoint.config.parameters}
+        if data is not None:
+            result["loss"] = loss(model, data, args.batch_size, str(checkpoint.path))
+            result["perplexity"] = math.exp(result["loss"])
+        results.append(result | (task_scores(checkpoint, model, args) if args.tasks else {}))
+    print(table(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,38 +1,69 @@
-"""Draw the loss curves of training runs from their TensorBoard directories.
+"""Draw the loss curves of training runs, from their TensorBoard directories or from the logs that they printed.
 
-    python tools/plot_loss.py --run "recovered=runs/recovered/tensorboard" --line parent=1.51 --output loss.png
+    # how a pruned model recovers, by tokens, beside its parent
+    python tools/plot_loss.py --run "7B=runs/7b/tensorboard" --line parent=1.50 --sequence-length 4096 --output loss.png
+
+    # the same shape from a random start
+    python tools/plot_loss.py --run pruned=pruned.log --run "from scratch=scratch.log" --sequence-length 4096 \\
+        --smooth 20 --output loss_vs_scratch.png
 
 Each --run gives the training loss as a line and the validation loss as points; each --line a level to compare with.
 With --sequence-length the x axis counts tokens, otherwise iterations.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
+import matplotlib.ticker
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import numpy as np
 
 from megatron.pruning.arguments import hyphenated, new_parser, run
 
-# Megatron's tags: by iteration, and by sample (for the number of tokens).
+# Megatron's TensorBoard tags: by iteration, and by sample (for the number of tokens).
 TRAIN, VALIDATION = "lm loss", "lm loss validation"
 PER_SAMPLE = " vs samples"
+# The lines of its log.
+STEP = re.compile(r"iteration +(\d+)/.*consumed samples: +(\d+) .*?\blm loss: (\S+)")
+EVALUATION = re.compile(r"validation loss at iteration (\d+) .*?\blm loss value: (\S+)")
+
+
+@dataclass
+class Curves:
+    """The losses of one run in nats a token, by what the x axis counts: iterations, or samples."""
+
+    training: dict[int, float] = field(default_factory=dict)
+    validation: dict[int, float] = field(default_factory=dict)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser("plot_loss.py", __doc__)
-    parser.add_argument("--run", action="append", required=True, type=named, metavar="NAME=DIR", help="may be repeated")
+    parser.add_argument(
+        "--run",
+        action="append",
+        required=True,
+        type=named,
+        metavar="NAME=PATH",
+        help="directory or log; may be repeated",
+    )
     parser.add_argument("--line", action="append", default=[], type=level, metavar="NAME=LOSS", help="may be repeated")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens a sample: count tokens on the x axis")
+    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="average N points of the training loss")
+    parser.add_argument("--ylim", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the y axis")
     parser.add_argument("--title", default="", help="above the plot")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf")
-    return parser.parse_args(hyphenated(argv))
+    args = parser.parse_args(hyphenated(argv))
+    if args.smooth < 1:
+        parser.error("--smooth must be at least 1")
+    return args
 
 
 def named(text: str) -> tuple[str, str]:
@@ -49,46 +80,85 @@ def level(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
-def read_run(directory: Path) -> EventAccumulator:
-    """Open a TensorBoard directory. Raises ValueError when it holds no training loss."""
-    if not directory.is_dir():
-        raise ValueError(f"--run: {directory} is not a directory")
+def read_run(path: Path, by_samples: bool) -> Curves:
+    """Return the losses of a TensorBoard directory or of a log. Raises ValueError where there are none."""
+    if path.is_dir():
+        curves = read_tensorboard(path, PER_SAMPLE if by_samples else "")
+    elif path.is_file():
+        curves = read_log(path, by_samples)
+    else:
+        raise ValueError(f"--run: there is no {path}")
+    if not curves.training:
+        raise ValueError(f"--run: {path} holds no training loss, neither as TensorBoard scalar {TRAIN!r} nor as a log")
+    return curves
+
+
+def read_tensorboard(directory: Path, suffix: str) -> Curves:
+    """Read a TensorBoard directory; later runs win where a resume repeated a step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     events.Reload()
-    if TRAIN not in events.Tags()["scalars"]:
-        raise ValueError(f"--run: {directory} holds no TensorBoard scalar {TRAIN!r}")
-    return events
+    there = events.Tags()["scalars"]
+
+    def scalars(tag: str) -> dict[int, float]:
+        found = sorted(events.Scalars(tag), key=lambda event: event.wall_time) if tag in there else []
+        return {event.step: event.value for event in found}
+
+    return Curves(scalars(TRAIN + suffix), scalars(VALIDATION + suffix))
 
 
-def scalars(events: EventAccumulator, tag: str) -> tuple[list[int], list[float]]:
-    """Return steps and values of one scalar, in order; later runs win where a resume repeated a step."""
-    if tag not in events.Tags()["scalars"]:
-        return [], []  # no validation yet
-    by_step = {event.step: event.value for event in sorted(events.Scalars(tag), key=lambda event: event.wall_time)}
-    return sorted(by_step), [by_step[step] for step in sorted(by_step)]
+def read_log(file: Path, by_samples: bool) -> Curves:
+    """Read what the training loop printed; later lines win."""
+    curves, samples = Curves(), dict[int, int]()
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        if step := STEP.search(line):
+            iteration = int(step[1])
+            samples[iteration] = int(step[2])
+            curves.training[samples[iteration] if by_samples else iteration] = float(step[3])
+        elif evaluation := EVALUATION.search(line):
+            iteration = int(evaluation[1])
+            if iteration in samples or not by_samples:
+                curves.validation[samples[iteration] if by_samples else iteration] = float(evaluation[2])
+    return curves
+
+
+def smoothed(curve: dict[int, float], points: int) -> tuple[list[int], list[float]]:
+    """Return the curve in order, each value the mean of the last `points`."""
+    steps = sorted(curve)
+    sums = np.cumsum([0.0, *(curve[step] for step in steps)])
+    ends = np.arange(1, len(steps) + 1)
+    starts = np.maximum(ends - points, 0)
+    return steps, ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
 
 
 def main(argv: Sequence[str]) -> None:
     """Draw."""
     args = parse(argv)
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    suffix, tokens = (PER_SAMPLE, args.sequence_length) if args.sequence_length else ("", 1)
-    for name, directory in args.run:
-        events = read_run(Path(directory))
-        steps, values = scalars(events, TRAIN + suffix)
+    tokens = args.sequence_length or 1
+    for name, path in args.run:
+        curves = read_run(Path(path), bool(args.sequence_length))
+        steps, values = smoothed(curves.training, args.smooth)
         (line,) = axes.plot(
             [step * tokens for step in steps], values, linewidth=1, alpha=0.6, label=f"{name}, training"
         )
-        steps, values = scalars(events, VALIDATION + suffix)
-        points = [step * tokens for step in steps]
-        axes.plot(points, values, "o-", color=line.get_color(), label=f"{name}, validation")
+        if curves.validation:
+            steps, values = smoothed(curves.validation, 1)
+            points = [step * tokens for step in steps]
+            axes.plot(points, values, "o-", markersize=4, color=line.get_color(), label=f"{name}, validation")
     for i, (name, value) in enumerate(args.line):
         axes.axhline(value, linestyle="--", color=f"C{7 + i}", label=f"{name}: {value:.3f}")
     axes.set(xlabel="tokens" if args.sequence_length else "iteration", ylabel="loss (nats a token)", title=args.title)
+    if args.ylim:
+        axes.set_ylim(*args.ylim)
+    if args.sequence_length:
+        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.legend()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=120)
+    plt.close(figure)
     print(f"saved: {args.output}")
 
 

@@ -1,5 +1,6 @@
 """Local layers: what Megatron uses where TransformerEngine is not installed, with torch's own attention and norm."""
 
+import argparse
 from typing import Any
 
 import torch
@@ -8,7 +9,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import GPTModelConfig
+
+from megatron.pruning import cpu_device
 
 
 class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library without types
@@ -76,15 +80,36 @@ class LocalRMSNorm(torch.nn.RMSNorm):
 
 def local_layers(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """This pipeline stage's layers, from Megatron's local specification with `TorchAttention` and `LocalRMSNorm`."""
+    block = unfused_layers(config, vp_stage)
+    for layer in block.layer_specs[:1]:  # all of them are one object
+        layer.submodules.self_attention.submodules.core_attention = ModuleSpec(module=TorchAttention)
+    return block
+
+
+def unfused_layers(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The same with Megatron's own attention, whose memory is quadratic in the sequence: something to compare with.
+
+    `--spec megatron.pruning.local_layers unfused_layers` chooses it.
+    """
     transformer = config.transformer
     layer = get_gpt_layer_local_spec(
         num_experts=transformer.num_moe_experts,
         qk_layernorm=transformer.qk_layernorm,
         normalization=transformer.normalization,
     )
-    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(module=TorchAttention)
     norm = layer.submodules.input_layernorm
     if transformer.normalization == "RMSNorm":
         norm = layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalRMSNorm
     count = get_num_layers_to_build(transformer, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+def gpt_config(args: argparse.Namespace) -> GPTModelConfig:
+    """The model that the flags describe, with these layers where TransformerEngine's are not asked for."""
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor  # a stock flag that stock does not pass on
+    if args.transformer_impl == "local" and args.spec is None:
+        config.transformer_layer_spec = local_layers
+    if cpu_device.is_installed():
+        cpu_device.adjust(config.transformer)
+    return config

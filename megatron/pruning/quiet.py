@@ -1,4 +1,4 @@
-"""Keeps Megatron's import quiet about libraries that this project does without."""
+"""Keeps Megatron quiet about libraries that this project does without, and about what only its own authors can mend."""
 
 import contextlib
 import logging
@@ -10,24 +10,32 @@ _WARNINGS = (
     r"Transformer Engine and Apex are not installed\. Falling back to",
     r"Apex is not installed\. Falling back to",
     r"Only transformer-engine>=.* supports MoE experts, but your version is 0\.0\.0",
+    # ... and where a process was not started by torchrun, or its configuration is built in code.
+    r"Could not determine rank from torch\.distributed",
+    r"full scope is deprecated",
 )
-# ... and what torch says where there is a CUDA toolkit but no GPU.
-_LOGGER, _RECORD = "torch.utils.cpp_extension", "No CUDA runtime is found"
+# What is logged, by logger: where there is a CUDA toolkit but no GPU, and when a GPTModel is built.
+_RECORDS = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+}
 
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
     """Silences exactly these complaints, and only inside of the `with`."""
-    logger = logging.getLogger(_LOGGER)
-    logger.addFilter(_is_wanted)
+    loggers = [logging.getLogger(name) for name in _RECORDS]
+    for logger in loggers:
+        logger.addFilter(_is_wanted)
     try:
         with warnings.catch_warnings():
             for message in _WARNINGS:
                 warnings.filterwarnings("ignore", message, UserWarning)
             yield
     finally:
-        logger.removeFilter(_is_wanted)
+        for logger in loggers:
+            logger.removeFilter(_is_wanted)
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_RECORD)
+    return not record.getMessage().startswith(_RECORDS[record.name])

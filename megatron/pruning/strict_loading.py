@@ -188,6 +188,9 @@ def load_strictly(stock_load: Callable[..., Any], models: list[Any], *args: Any,
     checked = functools.partial(_checked_dist_load, dist_checkpointing.load, source)
     with contextlib.ExitStack() as patches:
         patches.enter_context(one_sentence(source))
+        if (iteration_of(get_args(), source) / ".metadata").is_file():
+            # --ckpt-format says how to save; the stock loader also asks it, and not the files, for what to load.
+            patches.enter_context(mock.patch.object(get_args(), "ckpt_format", "torch_dist"))
         patches.enter_context(mock.patch.object(dist_checkpointing, "load", checked))
         for model in models:
             load = functools.partial(_checked_load, model, model.load_state_dict, source)

@@ -15,7 +15,7 @@ from megatron.pruning import cpu_device
 
 
 def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Sets the defaults that differ from stock; whatever the user types wins."""
+    """Sets the defaults that differ from stock, whatever the user types wins; and adds the flags of distillation."""
     # Causal attention needs no mask tensor, and a checkpoint's own format says which one it is. Stock leaves the
     # intervals unset and fails on that after it has built the model.
     parser.set_defaults(create_attention_mask_in_dataloader=False, auto_detect_ckpt_format=True)
@@ -28,6 +28,10 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         )
     if cpu_device.is_installed():
         cpu_device.add_defaults(parser)
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--teacher-load", metavar="DIR", help="teacher: a checkpoint of any format, shape and layout")
+    group.add_argument("--kd-alpha", type=float, metavar="A", help="A * kd loss + (1 - A) * lm loss (default 1.0)")
+    group.add_argument("--kd-temperature", type=float, metavar="T", help="of teacher and student (default 1.0)")
     return parser
 
 
@@ -53,19 +57,20 @@ def refuse_impossible(args: argparse.Namespace) -> None:
     """Checks what every user meets and Megatron ends on in a traceback.
 
     Raises:
-        ValueError: a flag that must be given is not, the processes do not divide into model replicas, or the learning
-            rate's decay ends before its warm-up.
+        ValueError: a flag that must be given is not, the processes do not divide into model replicas, the learning
+            rate's decay ends before its warm-up, or a setting of distillation is out of its range.
     """
     _refuse_missing(args)
     _refuse_layout(args)
     _refuse_warm_up(args)
+    _refuse_distillation(args)
 
 
 def _refuse_missing(args: argparse.Namespace) -> None:
     needed = {"--micro-batch-size": args.micro_batch_size, "--seq-length": args.seq_length}
     needed["--train-iters (or --train-samples)"] = args.train_iters or args.train_samples
     if not args.skip_train:
-        needed["--lr"] = args.lr
+        needed["--lr"] = args.lr is not None
     kinds = (args.data_path, args.train_data_path, args.data_args_path, args.per_split_data_args_path)
     needed["--train-data-path (or --data-path, or --mock-data)"] = args.mock_data or any(kinds)
     missing = [flag for flag, given in needed.items() if not given]
@@ -96,6 +101,21 @@ def _refuse_warm_up(args: argparse.Namespace) -> None:
                     flag = f"--{name.replace('_', '-')}"
                     raise ValueError(f"--lr-warmup-{unit} {warm_up} must be less than {flag} {length}")
                 break
+
+
+def _refuse_distillation(args: argparse.Namespace) -> None:
+    given = [flag for flag in ("kd_alpha", "kd_temperature") if getattr(args, flag) is not None]
+    if given and args.teacher_load is None:
+        raise ValueError(f"--{given[0].replace('_', '-')} needs a teacher: give --teacher-load")
+    for flag in ("kd_alpha", "kd_temperature"):
+        if flag not in given:
+            setattr(args, flag, 1.0)
+    if args.logits_load_dir:  # stock leaves reading them to the entry script, and would train on without a word
+        raise ValueError("--logits-load-dir: cached logits are not learned from here, give --teacher-load instead")
+    if not 0 <= args.kd_alpha <= 1:
+        raise ValueError(f"--kd-alpha {args.kd_alpha} must lie between 0 (lm loss alone) and 1 (kd loss alone)")
+    if not 0 < args.kd_temperature < math.inf:
+        raise ValueError(f"--kd-temperature {args.kd_temperature} must be a number above 0")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,76 @@
+"""The stock training loop for tests: runs of pretrain_gpt.py whose ranks one process forks (stock_worker.py)."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from conftest import ROOT
+
+
+@dataclass
+class Run:
+    """What a training run left: its exit status and its log."""
+
+    code: int
+    log: str
+
+    def values(self, name: str) -> dict[int, float]:
+        """A loss by step. The stock log's first line after a start is counted again in its second."""
+        return {int(step): float(loss) for step, loss in re.findall(rf"iteration +(\d+)/.*{name}: (\S+)", self.log)}
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """The language-model loss by step."""
+        return self.values("lm loss")
+
+    @property
+    def error(self) -> str:
+        """The sentence that ended the run."""
+        lines = [line for line in self.log.splitlines() if re.match(r"(\[rank \d+\] )?error: ", line)]
+        assert len(lines) == 1, self.log[-2000:]
+        return lines[0]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process: they share the cores."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+class StockLoop:
+    """The process that has imported pretrain_gpt.py, and the folder that its runs write to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # LOCAL_WORLD_SIZE: how many devices the stand-in says there are.
+        settings = {"PYTHONPATH": str(ROOT), "LOCAL_WORLD_SIZE": "4"}
+        with (folder / "worker.log").open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests/stock_worker.py"), str(folder)],
+                env=environment() | settings,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+
+    def run(self, name: str, words: str, ranks: int = 1, kill_after: int | None = None) -> Run:
+        """Run pretrain_gpt.py with these flags, killed with -9 after a step if that is asked for."""
+        return self.run_all([{"name": name, "words": words.split(), "ranks": ranks, "kill_after": kill_after}])[name]
+
+    def run_all(self, cases: list[dict]) -> dict[str, Run]:
+        """Run several cases, two at a time, and return what each left."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(cases) + "\n")
+        self.process.stdin.flush()
+        answers = [self.process.stdout.readline().split() for _ in cases]
+        assert all(answers), (self.folder / "worker.log").read_text()[-3000:]
+        return {name: Run(int(status), (self.folder / f"{name}.log").read_text()) for name, status in answers}
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate()

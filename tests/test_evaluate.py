@@ -1,0 +1,82 @@
+"""tools/evaluate.py: several checkpoints in one table, on text and on tasks of lm-evaluation-harness."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, hf_logits, make_llama
+
+from megatron.pruning.formats import open_checkpoint, save_checkpoint
+from megatron.pruning.layout import Layout
+
+TINY = ROOT / "assets/tiny-llama"
+TASK = """
+task: counting
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_table_compares_checkpoints_on_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    tokens = np.random.default_rng(0).integers(0, 101, 65)
+    builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.uint16)
+    builder.add_document(tokens, [65])
+    builder.finalize(str(tmp_path / "data.idx"))
+    paths = [make_llama(tmp_path / shape, shape, layers=2) for shape in ("mha", "gqa")]
+    words = ["--data", str(tmp_path / "data"), "--sequence-length", "64", "--device", "cpu", "--dtype", "fp32"]
+    words += ["--json", str(tmp_path / "out.json"), *(word for path in paths for word in ("--load", str(path)))]
+    evaluate.main(words)
+    batch = torch.from_numpy(tokens.astype("int64"))[None]
+    head, *lines = capsys.readouterr().out.splitlines()[1:]
+    assert head.split() == ["checkpoint", "parameters", "loss", "perplexity"]
+    for path, line, result in zip(paths, lines, json.loads((tmp_path / "out.json").read_text()), strict=True):
+        loss = float(torch.nn.functional.cross_entropy(hf_logits(path, batch[:, :-1])[0], batch[0, 1:]))
+        assert result["loss"] == pytest.approx(loss, abs=1e-5)
+        parameters = f"{open_checkpoint(path).config.parameters:,}"
+        assert line.split() == [str(path), parameters, f"{loss:.4f}", f"{math.exp(loss):.2f}"]
+
+
+def test_mistakes_end_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="give --data, --tasks or both"):
+        evaluate.main(["--load", str(TINY)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--tasks needs lm-evaluation-harness, which is not installed"):
+        evaluate.main(["--load", str(TINY), "--tasks", "arc_easy"])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm-eval is not installed")
+def test_table_compares_checkpoints_on_a_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    documents = [
+        {"text": "import", "choices": [" os", " zqj"], "label": 0},
+        {"text": "def", "choices": [" )", " __init__(self"], "label": 1},
+    ]
+    (tmp_path / "test.json").write_text("\n".join(map(json.dumps, documents)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "counting.yaml").write_text(TASK.format(file=tmp_path / "test.json"))
+    megatron = tmp_path / "megatron"
+    save_checkpoint(open_checkpoint(TINY), megatron, format="torch", layout=Layout(2, 1, 32))
+    words = ["--tasks", "counting", "--task-folder", str(tmp_path / "tasks"), "--dtype", "fp32", "--device", "cpu"]
+    evaluate.main([*words, "--load", str(TINY), "--load", str(megatron)])
+    head, *lines = capsys.readouterr().out.splitlines()[-3:]
+    assert head.split() == ["checkpoint", "parameters", "counting", "acc"]
+    for path, line in zip((TINY, megatron), lines, strict=True):
+        assert line.split() == [str(path), f"{open_checkpoint(TINY).config.parameters:,}", "1.0000"]
+    with pytest.raises(ValueError, match="--tasks nonsense: lm-evaluation-harness has no such task"):
+        evaluate.main([*words[2:], "--tasks", "nonsense", "--load", str(TINY)])
