@@ -7,6 +7,13 @@
     # Hugging Face in, Megatron TP4 out, in one pass
     python prune_llama.py --load HF_DIR --save DIR --ffn_hidden_size_remain 8192 --tensor-model-parallel-size 4
 
+    # choose by evidence: what tools/score_importance.py saw when the model read text
+    python prune_llama.py --load DIR --save DIR --ffn_hidden_size_remain 8192 --num_layers_remain 28 \\
+        --criterion activation --layer_criterion block_influence --scores DIR.scores
+
+    # or only say how large: shapes are proposed; take one with --shape, or measure some with --candidates
+    python prune_llama.py --load DIR --save DIR --target_params 3.4B
+
     # look before you leap: decide and print, write only the plan; apply it later
     python prune_llama.py --load DIR --save DIR --drop_layers 7,13 --plan-only
     python prune_llama.py --load DIR --save DIR --plan DIR.prune_plan.json
@@ -22,6 +29,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.pruning import candidates
 from megatron.pruning.arguments import (
     add_checkpoint_flags,
     add_layout_flags,
@@ -36,28 +44,20 @@ from megatron.pruning.arguments import (
     set_vocabulary,
 )
 from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
-from megatron.pruning.choose import random_criterion
 from megatron.pruning.config import hf_export_problem
+from megatron.pruning.flags_to_plan import SEED, decide, proposals
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
-from megatron.pruning.importance import magnitude
 from megatron.pruning.layout import Layout
 from megatron.pruning.output import check_target, write_durably
-from megatron.pruning.plan import (
-    PRUNE_TYPES,
-    Plan,
-    Target,
-    describe,
-    make_plan,
-    resolve_target,
-    spaced_layers,
-    to_ranges,
-)
+from megatron.pruning.plan import CRITERIA, LAYER_CRITERIA, PRUNE_TYPES
 from megatron.pruning.plan_figure import plan_figure
 from megatron.pruning.processes import World
 from megatron.pruning.pruned import Pruned
+from megatron.pruning.report import describe
+from megatron.pruning.shapes import Shape, describe_shapes
 from megatron.pruning.views import BYTES
 
-SEED = 1234
+LEAST_TOKENS = 32_768  # that scores must come from
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -70,7 +70,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     target.add_argument("--num-query-groups-remain", type=int, metavar="N", help="query groups (key/value heads)")
     target.add_argument("--ffn-hidden-size-remain", type=int, metavar="N", help="ffn hidden size")
     target.add_argument("--drop-layers", type=layer_list, default=(), metavar="I,J,...", help="layers to drop, from 0")
-    target.add_argument("--num-layers-remain", type=int, metavar="N", help="or: drop others, evenly spaced")
+    target.add_argument("--num-layers-remain", type=int, metavar="N", help="or: how many; --layer-criterion says which")
+    size = parser.add_argument_group("or only how large", "shapes are proposed and ranked; no _remain flags then")
+    size.add_argument("--target-params", metavar="N", help="parameters, e.g. 3.4B or 700M")
+    size.add_argument("--target-memory", metavar="SIZE", help="bytes of the weights, e.g. 8GB or 7.5GiB")
+    size.add_argument("--target-ratio", type=float, metavar="R", help="of the parent's parameters, e.g. 0.5")
+    size.add_argument("--shape", type=int, metavar="I", help="take the I-th shape that is proposed")
+    size.add_argument(
+        "--candidates",
+        type=int,
+        metavar="K",
+        help="train each of the first K for --train-iters steps (default 200) on --data-path, or --train-data-path "
+        "and --valid-data-path, with --tokenizer-model; rank them by validation loss",
+    )
     how = parser.add_argument_group("how it is decided")
     how.add_argument("--is-prune", action="store_true", help="prune; the only mode, accepted for older scripts")
     how.add_argument(
@@ -81,8 +93,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     how.add_argument(
         "--criterion",
-        choices=("random", "magnitude"),
-        help="random (default), or magnitude: the L2 norm of all weights an index touches",
+        choices=CRITERIA,
+        help="random (default); magnitude: the L2 norm of all weights an index touches; activation: what --scores saw",
+    )
+    how.add_argument(
+        "--layer-criterion",
+        choices=LAYER_CRITERIA,
+        help="with --num-layers-remain: spaced (default), or by --scores: block_influence (drop what changes its input "
+        "least), contiguous (the block that does), loss (what the loss misses least)",
+    )
+    how.add_argument("--scores", type=Path, metavar="FILE", help="what tools/score_importance.py wrote for this parent")
+    how.add_argument(
+        "--min-scores-tokens",
+        type=int,
+        default=LEAST_TOKENS,
+        metavar="N",
+        help=f"refuse scores from less text (default {LEAST_TOKENS:,})",
+    )
+    how.add_argument(
+        "--correct-norms",
+        action="store_true",
+        help="scale the norms' gains for the mean square that the dropped hidden channels took away, by --scores",
     )
     how.add_argument("--seed", type=seed, help=f"of the random choice (default {SEED})")
     how.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of making one")
@@ -109,51 +140,15 @@ def layer_list(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer numbers such as 7,13,18") from None
 
 
-def decide(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> Plan:
-    """Make the plan, or read and check the one that was given. Raises ValueError for every pruning that cannot be."""
-    drop_layers = args.drop_layers
-    if args.num_layers_remain is not None:
-        if drop_layers:
-            raise ValueError("--drop-layers and --num-layers-remain both say which layers remain: give one of them")
-        drop_layers = spaced_layers(parent.config.num_layers, args.num_layers_remain)
-    target = Target(
-        hidden=args.hidden_size_remain,
-        heads=args.num_attention_heads_remain,
-        groups=args.num_query_groups_remain,
-        ffn=args.ffn_hidden_size_remain,
-        drop_layers=drop_layers,
-    )
-    if args.plan is None:
-        resolve_target(target, parent.config)  # refuses, if it must, before the weights are read for their magnitude
-        seed = SEED if args.seed is None else args.seed
-        name = args.criterion or "random"
-        criterion = (
-            random_criterion(seed, parent.config.sizes) if name == "random" else magnitude(parent, show=is_first())
-        )
-        return make_plan(
-            parent,
-            target,
-            criterion,
-            layout=layout,
-            prune_type=args.prune_type or "balance",
-            criterion_name=name,
-            seed=seed,
-        )
-    plan = Plan.from_json(args.plan.read_text(encoding="utf-8", errors="replace"), str(args.plan))
-    plan.check_parent(parent)
-    for name in ("seed", "prune_type", "criterion"):
-        if (value := getattr(args, name)) not in (None, getattr(plan, name)):
-            raise ValueError(f"--plan {args.plan} has {name} {getattr(plan, name)}, but the flags say {value}")
-    if target != Target():
-        wanted = resolve_target(target, parent.config)
-        for axis, size in wanted.items():
-            if size != plan.sizes[axis]:
-                raise ValueError(f"--plan {args.plan} keeps {axis} {plan.sizes[axis]}, but the flags ask for {size}")
-        if drop_layers and set(drop_layers) & set(plan.layers.tolist()):
-            raise ValueError(
-                f"--plan {args.plan} keeps layers {to_ranges(plan.layers)}, but the flags drop {drop_layers}"
-            )
-    return plan
+def measure_candidates(args: argparse.Namespace, parent: Checkpoint, layout: Layout, shapes: list[Shape]) -> None:
+    """Train each of the first shapes for a while, and rank them."""
+    candidates.check(args)
+
+    def prune(shape: Shape, path: Path) -> None:
+        pruned = Pruned(parent, decide(args, parent, layout, shape))
+        save_checkpoint(pruned, path, format="torch", layout=layout, dtype=args.dtype, overwrite=True)
+
+    candidates.measure(shapes[: args.candidates], Path(os.path.abspath(args.save)), args, prune)  # noqa: PTH100
 
 
 def main(argv: Sequence[str]) -> None:
@@ -165,7 +160,17 @@ def main(argv: Sequence[str]) -> None:
     set_vocabulary(parent, args)
     layout = layout_from_flags(args, parent.layout)
     check_model_flags(args, parent.config, layout, args.load)
-    plan = decide(args, parent, layout)
+    shapes = proposals(args, parent, layout)
+    if shapes and is_first():
+        print(describe_shapes(parent.config, shapes, args.dtype or parent.dtype), flush=True)
+    if args.candidates is not None:
+        measure_candidates(args, parent, layout, shapes)
+        return
+    if shapes and args.shape is None:
+        if is_first():
+            print("nothing was written: take one with --shape, or measure the first few with --candidates")
+        return
+    plan = decide(args, parent, layout, shapes[args.shape - 1] if shapes else None)
     pruned = Pruned(parent, plan)
 
     world = World.from_environment()

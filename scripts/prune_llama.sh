@@ -9,7 +9,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # The embedded model to about half its parameters; with a LOAD_PATH of your own, say what remains.
-if [ -z "${LOAD_PATH:-}" ] && [[ " $* " != *" --plan "* ]]; then
+if [ -z "${LOAD_PATH:-}" ] && [[ " $* " != *" --plan "* && " $* " != *" --target"* ]]; then
     HIDDEN_SIZE_REMAIN=${HIDDEN_SIZE_REMAIN-128}
     NUM_ATTENTION_HEADS_REMAIN=${NUM_ATTENTION_HEADS_REMAIN-}
     FFN_HIDDEN_SIZE_REMAIN=${FFN_HIDDEN_SIZE_REMAIN-288}

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import prune_llama
 from megatron.pruning.choose import best, random_criterion
+from megatron.pruning.decide import Target, make_plan
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.layout import Layout
-from megatron.pruning.plan import Plan, Target, fingerprint, from_ranges, make_plan, to_ranges
+from megatron.pruning.plan import Plan, fingerprint, from_ranges, to_ranges
 from megatron.pruning.table import TABLE, split_dim
 
 WIDTHS = {  # what remains of each shape of conftest.py: every axis but the hidden size, which comes apart
@@ -30,6 +31,10 @@ WIDTHS = {  # what remains of each shape of conftest.py: every axis but the hidd
     "qwen3": ["--num-attention-heads-remain=4", "--num-query-groups-remain=2", "--ffn-hidden-size-remain=44"],
     "llama3": ["--num-attention-heads-remain=4", "--num-query-groups-remain=2", "--ffn-hidden-size-remain=60"],
 }
+
+
+# What plans of the first release lack.
+ADDED_TO_PLANS = ("made_by", "layer_criterion", "scores", "importance_kept", "balance_tax", "norm_gains")
 
 
 def prune(source: Path, target: Path, *flags: str) -> Path:
@@ -171,7 +176,16 @@ def test_plan_is_refused_on_another_parent_and_when_tampered_with(gqa: Path, tmp
     prune(gqa, tmp_path / "z", "--drop-layers=1", "--plan-only")
     with pytest.raises(ValueError, match=r"keeps layers 0,2-3, but the flags drop \(2,\)"):
         prune(gqa, tmp_path / "y", "--plan", str(tmp_path / "z.prune_plan.json"), "--drop-layers=2")
+    with pytest.raises(ValueError, match="corrects no norms, but the flags say --correct-norms"):
+        prune(gqa, tmp_path / "y", "--plan", str(file), "--correct-norms")
+    with pytest.raises(ValueError, match="keeps layers 4, but the flags ask for 0"):
+        prune(gqa, tmp_path / "y", "--plan", str(file), "--num-layers-remain=0")
+    with pytest.raises(ValueError, match="/dev/zero is not a file"):
+        prune(gqa, tmp_path / "y", "--plan", "/dev/zero")
     content = json.loads(file.read_text())
+    old = {name: value for name, value in content.items() if name not in ADDED_TO_PLANS}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert plan_of(prune(gqa, tmp_path / "old", "--plan", str(tmp_path / "old.json"))).criterion == "random"
     for change, message in (
         (lambda c: c["keep"].update(hidden="0-99"), "must ascend within 0-39"),
         (lambda c: c["keep"]["per_layer"][0].update(heads="0-6"), "same number of its own heads|kept in one layer"),
@@ -179,6 +193,13 @@ def test_plan_is_refused_on_another_parent_and_when_tampered_with(gqa: Path, tmp
         (lambda c: c.update(version=99), "version 99"),
         (lambda c: c.pop("keep"), "not a pruning plan"),
         (lambda c: c["keep"].update(layers="0-99999999999"), "not a range"),
+        (lambda c: c["keep"].update(hidden=",".join(["0-16777215"] * 40)), "not a range of indices above 16777215"),
+        (lambda c: c["parent"].update(heads=10**12, groups=10**12), "must be of layers, hidden, .* from 1 to 16777216"),
+        (lambda c: c["parent"].update(groups=16), "8 heads are no multiple of its 16 groups"),
+        (lambda c: c.update(importance_kept={"hidden": []}), "must be numbers by axis"),
+        (lambda c: c.update(layer_criterion="\x1b]0;"), "is none of None, spaced"),
+        (lambda c: c.update(tensor_parallel=-1), "tensor_parallel is -1"),
+        (lambda c: c.update(norm_gains=[1e300] * 9), "norm_gains must be 9 positive numbers"),
     ):
         broken = json.loads(json.dumps(content))
         change(broken)

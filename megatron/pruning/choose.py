@@ -47,3 +47,22 @@ def best_in_groups(scores: Scores, groups: Index, heads_per_group: int, keep_per
     by_group = scores.reshape(-1, heads_per_group)[groups]
     order = np.sort(np.argsort(-by_group, axis=1, kind="stable")[:, :keep_per_group], axis=1)
     return (groups[:, None] * heads_per_group + order).ravel()
+
+
+def spaced_layers(layers: int, keep: int) -> tuple[int, ...]:
+    """Return which of `layers` to drop so that `keep` remain: evenly spaced, never the first, nor the last unless only
+    the first remains.
+    """
+    dropped = layers - keep
+    return tuple((i + 1) * layers // (dropped + 1) for i in range(dropped))
+
+
+def lowest_layers(scores: Scores, drop: int) -> tuple[int, ...]:
+    """Return the `drop` layers of the lowest scores, ascending."""
+    return tuple(sorted(np.argsort(scores, kind="stable")[:drop].tolist()))
+
+
+def contiguous_layers(distances: Scores, drop: int) -> tuple[int, ...]:
+    """Return the block of `drop` layers that changes its input least, by the distance over the block from each."""
+    first = int(np.argmin(distances))
+    return tuple(range(first, first + drop))

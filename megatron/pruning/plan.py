@@ -1,50 +1,39 @@
 """The plan: which layers, channels, heads and groups of which parent are kept, and how that was decided.
 
 A plan is decided once, for the whole model, before any weight is read; processes only apply it. It is a JSON file that
-can be read, kept, and applied again. Index sets are written as ranges ("0-3,5"). What cannot be is refused here.
+can be read, kept, and applied again. Index sets are written as ranges ("0-3,5"). decide.py makes it.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron.pruning import __version__
 from megatron.pruning.checkpoint import Checkpoint
-from megatron.pruning.choose import Criterion, best, best_in_groups
-from megatron.pruning.config import LlamaConfig
-from megatron.pruning.layout import Layout
 from megatron.pruning.views import Index
 
 VERSION = 1
+MADE_BY = f"megatron-llama-pruning {__version__}"
+LARGEST = 1 << 24  # that an axis may be
 LAYER_AXES = ("groups", "heads", "ffn")
+AXES = ("layers", "hidden", "ffn", "heads", "groups", "head_dim", "vocab")
 PRUNE_TYPES = ("balance", "unbalance")
-
-FLAG_OF_AXIS = {
-    "hidden": "--hidden-size-remain",
-    "heads": "--num-attention-heads-remain",
-    "groups": "--num-query-groups-remain",
-    "ffn": "--ffn-hidden-size-remain",
-    "layers": "--drop-layers",
-}
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the user asked for: sizes that remain (None: unchanged) and layers to drop, numbered as in the parent."""
-
-    hidden: int | None = None
-    heads: int | None = None
-    groups: int | None = None
-    ffn: int | None = None
-    drop_layers: tuple[int, ...] = ()
+CRITERIA = ("random", "magnitude", "activation")
+LAYER_CRITERIA = ("spaced", "block_influence", "contiguous", "loss")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Kept indices, ascending. `groups`, `heads` and `ffn` have one entry for each kept layer, in order."""
+    """Kept indices, ascending. `groups`, `heads` and `ffn` have one entry for each kept layer, in order.
+
+    `importance_kept` (share of the scores) and `balance_tax` (share lost to keeping the same number in every block)
+    are by axis and kept layer. `norm_gains`, if any, multiply the gains of each kept layer's two norms and the final
+    one.
+    """
 
     layers: Index
     hidden: Index
@@ -56,7 +45,12 @@ class Plan:
     prune_type: str = "balance"
     tensor_parallel: int = 1
     criterion: str = "random"
+    layer_criterion: str | None = None
     seed: int = 1234
+    scores_digest: str | None = None
+    importance_kept: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    balance_tax: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    norm_gains: tuple[float, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -78,12 +72,18 @@ class Plan:
         ]
         content = {
             "version": VERSION,
+            "made_by": MADE_BY,
             "criterion": self.criterion,
+            "layer_criterion": self.layer_criterion,
             "seed": self.seed,
+            "scores": self.scores_digest,
             "prune_type": self.prune_type,
             "tensor_parallel": self.tensor_parallel,
             "parent": {"fingerprint": self.parent_fingerprint, **self.parent_sizes},
             "pruned": self.sizes,
+            "importance_kept": self.importance_kept,
+            "balance_tax": self.balance_tax,
+            "norm_gains": self.norm_gains,
             "keep": {"layers": to_ranges(self.layers), "hidden": to_ranges(self.hidden), "per_layer": per_layer},
         }
         return json.dumps(content, indent=1) + "\n"
@@ -105,7 +105,12 @@ class Plan:
                 prune_type=str(content["prune_type"]),
                 tensor_parallel=int(content["tensor_parallel"]),
                 criterion=str(content["criterion"]),
+                layer_criterion=content.get("layer_criterion"),
                 seed=int(content["seed"]),
+                scores_digest=content.get("scores"),
+                importance_kept=_floats(content.get("importance_kept", {})),
+                balance_tax=_floats(content.get("balance_tax", {})),
+                norm_gains=tuple(float(gain) for gain in content.get("norm_gains", ())),
             )
             plan._check()
         except (KeyError, TypeError, AttributeError, OverflowError, RecursionError, json.JSONDecodeError) as error:
@@ -117,6 +122,10 @@ class Plan:
     def _check(self) -> None:
         """Raise ValueError unless the index sets ascend, in range, of one size in all layers and tied by groups."""
         sizes = self.parent_sizes
+        if set(sizes) != set(AXES) or not all(1 <= size <= LARGEST for size in sizes.values()):
+            raise ValueError(f"the parent's sizes must be of {', '.join(AXES)}, from 1 to {LARGEST}")
+        if sizes["heads"] % sizes["groups"]:
+            raise ValueError(f"the parent's {sizes['heads']} heads are no multiple of its {sizes['groups']} groups")
         for axis, kept in (
             ("layers", [self.layers]),
             ("hidden", [self.hidden]),
@@ -129,6 +138,18 @@ class Plan:
                     raise ValueError(f"{axis} kept must ascend within 0-{sizes[axis] - 1}: {to_ranges(index)[:60]}")
                 if len(index) != len(kept[0]):
                     raise ValueError(f"{axis} has {len(index)} kept in one layer and {len(kept[0])} in another")
+        gains = self.norm_gains
+        if gains and (len(gains) != 2 * len(self.layers) + 1 or not all(1e-6 < gain < 1e6 for gain in gains)):
+            raise ValueError(f"norm_gains must be {2 * len(self.layers) + 1} positive numbers, or none")
+        for what, known in ((self.criterion, CRITERIA), (self.layer_criterion, (None, *LAYER_CRITERIA))):
+            if what not in known:
+                raise ValueError(f"criterion {str(what)[:40]!r} is none of {', '.join(map(str, known))}")
+        for evidence in (self.importance_kept, self.balance_tax):
+            for axis, shares in evidence.items():
+                if axis not in AXES or not shares or not all(math.isfinite(share) for share in shares):
+                    raise ValueError(f"importance_kept and balance_tax must be numbers by axis, not {axis[:40]!r}")
+        if not 1 <= self.tensor_parallel <= LARGEST:
+            raise ValueError(f"tensor_parallel is {self.tensor_parallel}")
         if self.prune_type not in PRUNE_TYPES:
             raise ValueError(f"prune_type {self.prune_type!r} is none of {', '.join(PRUNE_TYPES)}")
         per_group = sizes["heads"] // sizes["groups"]
@@ -150,6 +171,10 @@ class Plan:
             )
 
 
+def _floats(content: Mapping[str, list[float]]) -> dict[str, tuple[float, ...]]:
+    return {str(axis): tuple(float(value) for value in values) for axis, values in content.items()}
+
+
 def to_ranges(index: Iterable[int]) -> str:
     """Write ascending indices as "0-3,5"."""
     values = np.asarray(list(index), dtype=np.intp)
@@ -162,13 +187,14 @@ def to_ranges(index: Iterable[int]) -> str:
 
 def from_ranges(text: str) -> Index:
     """Read what `to_ranges` wrote."""
-    parts = []
+    parts, before = [], -1
     for item in text.split(","):
         first, _, last = item.partition("-")
         start, stop = int(first), int(last or first)
-        if not 0 <= start <= stop < 1 << 24:
-            raise ValueError(f"{item!r} is not a range of indices")
+        if not before < start <= stop < LARGEST:  # ascending, so that all of them together are not too many either
+            raise ValueError(f"{item[:40]!r} is not a range of indices above {before}")
         parts.append(np.arange(start, stop + 1))
+        before = stop
     return np.concatenate(parts)
 
 
@@ -181,131 +207,3 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for _, _, view in checkpoint.weights():
         digest.update(view.dtype.encode() + view.read(np.zeros(1, dtype=np.intp)).tobytes())
     return digest.hexdigest()[:16]
-
-
-def resolve_target(target: Target, config: LlamaConfig) -> dict[str, int]:
-    """Return the pruned model's axis sizes. Raises ValueError, naming the flag and both values, for what cannot be."""
-    parent = config.sizes
-    sizes = dict(parent)
-    for axis in ("hidden", "heads", "groups", "ffn"):
-        wanted = getattr(target, axis)
-        if wanted is None:
-            continue
-        if not 1 <= wanted <= parent[axis]:
-            raise ValueError(f"{FLAG_OF_AXIS[axis]} {wanted} must lie between 1 and the parent's {parent[axis]}")
-        sizes[axis] = wanted
-    if parent["groups"] == parent["heads"] and target.groups is None:
-        sizes["groups"] = sizes["heads"]  # multi-head attention stays multi-head: each head takes its group along
-    _check_heads(sizes, parent)
-    dropped = target.drop_layers
-    for layer in dropped:
-        if not 0 <= layer < parent["layers"]:
-            raise ValueError(f"--drop-layers {layer}: the parent's layers are numbered 0 to {parent['layers'] - 1}")
-        if dropped.count(layer) > 1:
-            raise ValueError(f"--drop-layers names layer {layer} twice")
-    sizes["layers"] -= len(dropped)
-    if not sizes["layers"]:
-        raise ValueError(f"--drop-layers drops all {parent['layers']} layers: keep at least one")
-    if sizes == parent:
-        raise ValueError(f"nothing to prune: give at least one of {', '.join(FLAG_OF_AXIS.values())} another value")
-    return sizes
-
-
-def spaced_layers(layers: int, keep: int) -> tuple[int, ...]:
-    """Return which of `layers` to drop so that `keep` remain: evenly spaced, never the first, nor the last unless only
-    the first remains.
-
-    Raises ValueError unless 1 <= keep <= layers.
-    """
-    if not 1 <= keep <= layers:
-        raise ValueError(f"--num-layers-remain {keep} must lie between 1 and the parent's {layers}")
-    dropped = layers - keep
-    return tuple((i + 1) * layers // (dropped + 1) for i in range(dropped))
-
-
-def _check_heads(sizes: Mapping[str, int], parent: Mapping[str, int]) -> None:
-    heads, groups = sizes["heads"], sizes["groups"]
-    if heads % groups:
-        raise ValueError(
-            f"{FLAG_OF_AXIS['heads']} {heads} is not a multiple of the {groups} query groups that remain: "
-            f"every group must keep the same number of heads; choose a multiple, or give {FLAG_OF_AXIS['groups']}"
-        )
-    has = parent["heads"] // parent["groups"]
-    if heads // groups > has:
-        raise ValueError(
-            f"{heads} heads in {groups} query groups need {heads // groups} heads a group, but the parent has {has}: "
-            f"give {FLAG_OF_AXIS['heads']} at most {groups * has}, or a larger {FLAG_OF_AXIS['groups']}"
-        )
-
-
-def check_layout(
-    sizes: Mapping[str, int], parent: Mapping[str, int], layout: Layout, prune_type: str = "balance"
-) -> None:
-    """Raise ValueError unless the parent and, when balanced, the pruned model divide over the ranks of `layout`."""
-    layout.check_split(parent, "the parent's")
-    if prune_type == "balance":
-        layout.check_split(sizes, "the pruned model's")
-    layout.check_stages(sizes, "the pruned model's")
-
-
-def make_plan(
-    parent: Checkpoint,
-    target: Target,
-    criterion: Criterion,
-    *,
-    layout: Layout,
-    prune_type: str = "balance",
-    criterion_name: str = "random",
-    seed: int = 1234,
-) -> Plan:
-    """Decide what is kept. Raises ValueError for every target that `parent` or `layout` cannot give."""
-    config = parent.config
-    sizes = resolve_target(target, config)
-    check_layout(sizes, config.sizes, layout, prune_type)
-    blocks = layout.tensor if prune_type == "balance" else 1
-    layers = np.array([layer for layer in range(config.num_layers) if layer not in target.drop_layers], dtype=np.intp)
-
-    def choose(axis: str, layer: int | None, blocks: int) -> Index:
-        if sizes[axis] == config.sizes[axis]:
-            return np.arange(sizes[axis])
-        return best(criterion(axis, layer), sizes[axis], blocks)
-
-    groups = tuple(choose("groups", int(layer), blocks) for layer in layers)
-    per_group = sizes["heads"] // sizes["groups"]
-    heads = tuple(
-        best_in_groups(criterion("heads", int(layer)), kept, config.heads_per_group, per_group)
-        for layer, kept in zip(layers, groups, strict=True)
-    )
-    return Plan(
-        layers=layers,
-        hidden=choose("hidden", None, 1),
-        groups=groups,
-        heads=heads,
-        ffn=tuple(choose("ffn", int(layer), blocks) for layer in layers),
-        parent_sizes=config.sizes,
-        parent_fingerprint=fingerprint(parent),
-        prune_type=prune_type,
-        tensor_parallel=layout.tensor,
-        criterion=criterion_name,
-        seed=seed,
-    )
-
-
-def describe(plan: Plan, before: LlamaConfig, after: LlamaConfig, bytes_before: int, bytes_after: int) -> str:
-    """Return the before/after table: axis, parent, pruned, and what remains."""
-    rows: list[Sequence[Any]] = [("", "parent", "pruned", "remains")]
-    names = {"hidden": "hidden size", "heads": "attention heads", "groups": "query groups", "ffn": "ffn hidden size"}
-    for axis, name in {"layers": "layers", **names}.items():
-        rows.append(_row(name, before.sizes[axis], plan.sizes[axis]))
-    rows.append(_row("parameters", before.parameters, after.parameters))
-    rows.append(_row("bytes", bytes_before, bytes_after))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join(cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row))
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
-    return name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"

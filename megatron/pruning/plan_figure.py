@@ -45,8 +45,9 @@ def plan_figure(plan: Plan) -> bytes:
                   extent=(0, sizes["hidden"], 0, 1))  # fmt: skip
     hidden.set(title=f"hidden, in every layer: {len(plan.hidden)} of {sizes['hidden']}", yticks=[])
     figure.colorbar(image, ax=grid[0, -1], label="share kept")
+    seed = f"seed {plan.seed}, " if plan.criterion == "random" else ""
     figure.suptitle(
-        f"kept, {plan.criterion} (seed {plan.seed}, {plan.prune_type} over {plan.tensor_parallel} tensor-parallel "
+        f"kept, {plan.criterion} ({seed}{plan.prune_type} over {plan.tensor_parallel} tensor-parallel "
         f"blocks); {len(plan.layers)} of {layers} layers"
     )
     out = BytesIO()

@@ -3,10 +3,25 @@
 import numpy as np
 
 from megatron.pruning.checkpoint import Checkpoint
+from megatron.pruning.decide import check_layout
 from megatron.pruning.layout import Layout
-from megatron.pruning.plan import Plan, check_layout
+from megatron.pruning.plan import Plan
 from megatron.pruning.table import Weight, kept_elements
-from megatron.pruning.views import View, take
+from megatron.pruning.views import Bits, Index, View, cast, take
+
+NORMS = ("attn_norm", "mlp_norm", "final_norm")  # in the order of a plan's `norm_gains`: two a layer, one at the end
+
+
+class Scaled(View):
+    """An fp32 view, multiplied by a number."""
+
+    def __init__(self, parent: View, factor: float) -> None:
+        self.parent, self.factor, self.shape, self.dtype = parent, np.float32(factor), parent.shape, "fp32"
+
+    def read_into(self, rows: Index, out: Bits) -> None:
+        self.parent.read_into(rows, out)
+        values = out.view(np.float32)
+        values *= self.factor
 
 
 class Pruned(Checkpoint):
@@ -23,7 +38,14 @@ class Pruned(Checkpoint):
         view, keep = self.parent.weight(weight, parent_layer), self.plan.keep(layer)
         for dim, dim_axes in enumerate(weight.dims):
             view = take(view, dim, kept_elements(dim_axes, keep, self.parent.config.sizes))
-        return view
+        return self._with_corrected_gain(view, weight, layer)
+
+    def _with_corrected_gain(self, view: View, weight: Weight, layer: int | None) -> View:
+        """Multiply a norm's gain as the plan says, in fp32, rounded once to its own dtype."""
+        if not self.plan.norm_gains or weight.name not in NORMS:
+            return view
+        place = -1 if layer is None else 2 * layer + NORMS.index(weight.name)
+        return cast(Scaled(cast(view, "fp32"), self.plan.norm_gains[place]), view.dtype)
 
     def boundaries(self, axis: str, layer: int, tensor: int) -> list[int]:
         """Even blocks; after an unbalanced pruning for this many ranks, each rank keeps what fell into its block."""

@@ -1,0 +1,180 @@
+"""What the experiments on the embedded model share: its text, its scores, training runs that are done once, and tables.
+
+A run is known by its name; its result lies in WORK/results.json, so that an experiment that was cut short goes on where
+it was. Training is scripts/check_model.sh, as a user starts it, one process and one thread a run.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+PARENT = ROOT / "assets" / "tiny-llama"
+SEQUENCE, BATCH = 256, 4  # tokens, sequences a step
+EVALUATED = 65_536  # tokens of the validation text, from its start
+VALIDATION = "valid_text_document"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: from what, how long, how fast, in which order of data."""
+
+    name: str
+    start: Path  # a Megatron checkpoint at tp1 pp1
+    steps: int
+    lr: float
+    seed: int
+    marks: tuple[int, ...]  # steps at which the validation loss is measured; the last is `steps`
+    flags: tuple[str, ...] = ()  # more of pretrain_gpt.py
+
+    @property
+    def key(self) -> str:
+        """Under which its result is kept: another setting is another run."""
+        return f"{self.name}, {self.steps} steps, lr {self.lr:g}"
+
+
+class Experiment:
+    """The folder of an experiment, and the runs that are done in it."""
+
+    def __init__(self, work: Path, jobs: int) -> None:
+        self.work, self.jobs = work, jobs
+        self.lock = threading.Lock()
+        work.mkdir(parents=True, exist_ok=True)
+        self.file = work / "results.json"
+        self.results: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def text(self) -> Path:
+        """Return the folder of the quickstart's text, as tokens."""
+        folder = self.work / "data"
+        if not (folder / f"{VALIDATION}.idx").exists():
+            command("tools/make_tiny_llama.py", "--data-only", folder)
+            for part in ("train", "valid"):
+                command(
+                    "tools/preprocess_data.py", "--input", folder / f"{part}.jsonl", "--output-prefix", folder / part,
+                    "--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", PARENT / "tokenizer.model",
+                    "--append-eod", "--workers", self.jobs,
+                )  # fmt: skip
+        return folder
+
+    def scores(self) -> Path:
+        """Return the parent's scores over 512 sequences of the training text."""
+        file = self.work / "parent.scores"
+        if not file.exists():
+            command(
+                "tools/score_importance.py", "--load", PARENT, "--data", self.text() / "train_text_document",
+                "--save", file, "--sequences", 512, "--sequence-length", SEQUENCE,
+            )  # fmt: skip
+        return file
+
+    def prune(self, name: str, *flags: object) -> Path:
+        """Return the parent pruned by these flags of prune_llama.py, as Megatron tp1."""
+        path = self.work / "start" / name
+        if not path.exists():
+            command("prune_llama.py", "--load", PARENT, "--save", path, *flags)
+        return path
+
+    def random_start(self, name: str, like: Path, seed: int) -> Path:
+        """Return a Megatron checkpoint of the shape of `like`, with transformers' random initialisation."""
+        path, source = self.work / "start" / name, self.work / "start" / f"{name}-hf"
+        if not path.exists():
+            import torch
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            torch.manual_seed(seed)
+            config = AutoConfig.from_pretrained(like / "huggingface")
+            AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(source)
+            for file in (like / "huggingface").glob("tokenizer*"):
+                shutil.copy(file, source)
+            command("tools/checkpoint_conversion/convert.py", "--load", source, "--save", path)
+        return path
+
+    def evaluate(self, name: str, checkpoint: Path, iteration: int | None = None) -> float:
+        """Return the validation loss in nats, measured once for each name."""
+        if "loss" not in self.results.get(name, {}):
+            import torch
+            from evaluate import build, loss
+
+            from megatron.pruning.formats import open_checkpoint
+            from megatron.pruning.text import windows
+
+            torch.set_num_threads(1)
+            opened = open_checkpoint(checkpoint, iteration)
+            data = windows(self.text() / VALIDATION, SEQUENCE, EVALUATED // SEQUENCE, opened)
+            value = loss(build(opened, "fp32", "cpu"), torch.from_numpy(data), 8, name)
+            self.keep(name, {"loss": value})
+        return self.results[name]["loss"]
+
+    def keep(self, name: str, result: dict[str, float]) -> None:
+        """Write a result down."""
+        with self.lock:
+            self.results[name] = result
+            aside = self.file.with_suffix(".new")
+            aside.write_text(json.dumps(self.results, indent=1) + "\n")
+            aside.replace(self.file)
+
+    def train(self, runs: Sequence[Run]) -> dict[str, dict[int, float]]:
+        """Do the runs that are not done yet, `jobs` at a time; return the loss at each mark of all of them."""
+        left = [run for run in runs if run.key not in self.results]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for done, run in enumerate(pool.map(self._train, left), start=1):
+                losses = ", ".join(f"{step}: {loss:.4f}" for step, loss in self.results[run.key].items())
+                print(f"{done}/{len(left)} {run.key}: {losses}", flush=True)
+        return {run.name: {int(step): loss for step, loss in self.results[run.key].items()} for run in runs}
+
+    def _train(self, run: Run) -> Run:
+        save, data = self.work / "trained" / run.name, self.text()
+        shutil.rmtree(save, ignore_errors=True)
+        save.mkdir(parents=True)
+        every = int(np.gcd.reduce(run.marks))
+        settings = {
+            "PYTHON": sys.executable, "OMP_NUM_THREADS": 1, "GPUS_PER_NODE": 1,
+            "LOAD_PATH": run.start, "SAVE_PATH": save, "DATA_PATH": data / "train_text_document",
+            "VALID_DATA_PATH": data / VALIDATION, "TOKENIZER_MODEL": PARENT / "tokenizer.model",
+            "SEQ_LENGTH": SEQUENCE, "MICRO_BATCH_SIZE": BATCH, "GLOBAL_BATCH_SIZE": BATCH,
+            "TRAIN_ITERS": run.steps, "LR": run.lr, "MIN_LR": run.lr / 10, "LR_WARMUP_ITERS": run.steps // 20,
+            "SAVE_INTERVAL": every, "EVAL_INTERVAL": 10 * run.steps, "EVAL_ITERS": 0, "LOG_INTERVAL": 50,
+        }  # fmt: skip
+        environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+        words = ["bash", ROOT / "scripts" / "check_model.sh", "--seed", str(run.seed), "--no-save-optim", *run.flags]
+        with (save / "log.txt").open("w") as log:
+            status = subprocess.run(words, env=environment, stdout=log, stderr=log).returncode
+        if status:
+            raise SystemExit(f"error: run {run.name} failed: see {save / 'log.txt'}")
+        # One process at a time in here: evaluation is short.
+        with EVALUATION:
+            losses = {str(mark): self.evaluate(f"{run.key}@{mark}", save, mark) for mark in run.marks}
+        self.keep(run.key, losses)
+        for folder in save.glob("iter_*"):
+            shutil.rmtree(folder)
+        return run
+
+
+EVALUATION = threading.Lock()
+
+
+def command(program: str, *words: object) -> None:
+    """Run one of the project's programs, or end with what it said."""
+    done = subprocess.run(
+        [sys.executable, ROOT / program, *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, capture_output=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"error: {program} failed:\n{done.stderr[-2000:]}")
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Return the mean and the sample standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"

@@ -1,0 +1,205 @@
+"""Scores what matters in a model, by one pass over text: hidden channels, heads, query groups, ffn channels, layers.
+
+    # on one GPU, or without; text as training reads it, or a .jsonl file
+    python tools/score_importance.py --load Llama-2-13b-hf --data pile_text_document --save 13b.scores
+
+    # eight processes: tensor parallel 4, two copies that share the text
+    torchrun --nproc_per_node 8 tools/score_importance.py --load 13b-tp4 --data pile_text_document --save 13b.scores \\
+        --tensor-model-parallel-size 4
+
+    # then prune by the scores
+    python prune_llama.py --load 13b-tp4 --save 7b --criterion activation --scores 13b.scores --hidden_size_remain ...
+
+The model is Megatron's own, whatever the format and layout of --load. The scores file is small, says which model it is
+of, and is the same for every layout within rounding. A run that was interrupted goes on where it was.
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from megatron.pruning import cpu_device
+from megatron.pruning.arguments import hyphenated, is_first, natural, new_parser, positive, run
+from megatron.pruning.calibration import AXES, Calibration, read, shapes, write
+from megatron.pruning.checkpoint import Checkpoint
+from megatron.pruning.formats import open_checkpoint
+from megatron.pruning.layout import Layout
+from megatron.pruning.output import Progress
+from megatron.pruning.plan import fingerprint
+from megatron.pruning.quiet import quiet_imports
+from megatron.pruning.text import Tokens, windows
+from megatron.pruning.views import TORCH_NAMES
+
+if TYPE_CHECKING:
+    from megatron.pruning.activations import Recorder
+
+SAVE_SECONDS = 30.0  # about so much work is lost by an interruption
+LONGEST = 4096  # tokens of a sequence, unless asked for
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = new_parser("score_importance.py", __doc__)
+    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="Hugging Face or Megatron")
+    parser.add_argument("--iteration", type=int, metavar="N", help="of a Megatron source (default: the latest)")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="PREFIX", help="PREFIX.bin and .idx, or a .jsonl file"
+    )
+    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="the scores")
+    parser.add_argument("--overwrite", action="store_true", help="replace the scores at --save")
+    parser.add_argument(
+        "--sequences",
+        type=positive,
+        default=1024,
+        metavar="N",
+        help="evenly spaced; of a .jsonl the first (default 1024)",
+    )
+    parser.add_argument(
+        "--sequence-length", type=positive, metavar="S", help=f"tokens (default: the model's own, at most {LONGEST})"
+    )
+    parser.add_argument(
+        "--layer-loss",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="also measure the loss without each layer, on N sequences",
+    )
+    parser.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="T", help="(default 1)")
+    parser.add_argument("--pipeline-model-parallel-size", type=positive, default=1, metavar="P", help="(default 1)")
+    parser.add_argument("--dtype", choices=tuple(TORCH_NAMES), help="to compute in (default: bf16 on GPUs, else fp32)")
+    return parser.parse_args(hyphenated(argv))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the text through the model and write what was seen."""
+    args = parse(argv)
+    if args.save.exists() and not args.overwrite:
+        raise ValueError(f"--save {args.save} exists: add --overwrite to replace it")
+    if args.save.is_dir():
+        raise ValueError(f"--save {args.save} is a directory: name a file")
+    if not args.save.parent.is_dir():
+        raise ValueError(f"--save {args.save}: there is no directory {args.save.parent}")
+    checkpoint = open_checkpoint(args.load, args.iteration)
+    # As little padding of the vocabulary as can be: it would take part in the softmax, in each layout another.
+    layout = Layout(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, vocab_divisor=1)
+    checkpoint.check_layout(layout)
+    positions = checkpoint.config.max_position_embeddings
+    length = args.sequence_length or min(positions, LONGEST)
+    if length > positions:
+        raise ValueError(f"--sequence-length {length} is more than the {positions} positions of {args.load}")
+    cpu_device.install()
+    text = windows(args.data, length, args.sequences, checkpoint, spread=True)
+    with quiet_imports():
+        from megatron.core import parallel_state
+
+        from megatron.pruning.activations import Recorder
+        from megatron.pruning.stock_model import build, join
+
+    join(layout)
+    dtype = args.dtype or ("fp32" if cpu_device.is_installed() else "bf16")
+    try:
+        empty = nothing_yet(checkpoint, text, args.layer_loss, dtype)
+        if is_first():
+            print(f"source: {checkpoint}\ntext: {len(text):,} sequences of {length} tokens of {args.data}", flush=True)
+        recorder = Recorder(build(checkpoint, layout, dtype), checkpoint.config, layout, length)
+        copies, copy = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        score(args.save, empty, recorder, text, copies, copy)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def nothing_yet(checkpoint: Checkpoint, text: Tokens, loss_sequences: int, dtype: str) -> Calibration:
+    """Return the sums over no sequence of `text` at all."""
+    from megatron.pruning.activations import POSITIONS
+
+    sizes, length = {axis: checkpoint.config.sizes[axis] for axis in AXES}, text.shape[1] - 1
+    return Calibration(
+        parent=fingerprint(checkpoint) if is_first() else "",
+        text=hashlib.sha256(np.ascontiguousarray(text)).hexdigest()[:16],
+        dtype=dtype,
+        sizes=sizes,
+        sequences=0,
+        sequences_wanted=len(text),
+        sequence_length=length,
+        loss_sequences=min(loss_sequences, len(text)),
+        positions=min(length, POSITIONS),
+        loss=0.0,
+        sums={name: np.zeros(shape) for name, shape in shapes(sizes).items()},
+    )
+
+
+def score(save: Path, empty: Calibration, recorder: "Recorder", text: Tokens, copies: int, copy: int) -> None:
+    """Go through the text, saving on the way; the sums so far lie beside `save` until all are in."""
+    partial = save.with_name(f".{save.name}.partial")
+    so_far = resume(partial, empty) if is_first() else empty
+    start = int(from_first(so_far.sequences))
+    progress = Progress("scoring", empty.sequences_wanted, is_first(), unit="sequences", before=start)
+    began, every = time.monotonic(), 1  # rounds, one sequence for each copy, from one saving to the next
+    rounds = range(start, len(text), copies)
+    for number, first in enumerate(rounds, start=1):
+        if first + copy < len(text):
+            recorder.sequence(text[first + copy], first + copy < empty.loss_sequences)
+        progress.advance(min(copies, len(text) - first))
+        if number % every == 0 or first == rounds[-1]:
+            sums = recorder.collect()
+            problem: Exception | None = None
+            try:
+                if sums is not None:
+                    so_far = add(so_far, dict(sums), min(first + copies, len(text)))
+                    write(partial, so_far)
+            except (ValueError, OSError) as error:
+                problem = error
+            pace = from_first(-1.0 if problem else SAVE_SECONDS * number / (time.monotonic() - began))
+            if pace < 0:
+                raise problem or SystemExit(1)  # rank 0 says why
+            every = max(1, int(pace))
+    progress.close()
+    if is_first():
+        partial.replace(save)
+        print(f"loss of the model on this text: {so_far.loss:.4f} nats a token, over {so_far.tokens:,} tokens")
+        influence = ", ".join(f"{value:.3f}" for value in so_far.block_influence)
+        print(f"block influence of layers 0 to {len(so_far.block_influence) - 1}: {influence}")
+        print(f"saved: {save}")
+
+
+def add(so_far: Calibration, sums: dict[str, np.ndarray], sequences: int) -> Calibration:
+    """Return `so_far` with the sums since, up to the first `sequences`. ValueError: they hold NaN or infinities."""
+    more = sequences - so_far.sequences
+    loss = float(sums.pop("loss")[0]) / (more * so_far.sequence_length)
+    if not all(np.isfinite(array).all() for array in (*sums.values(), np.float64(loss))):
+        raise ValueError("the model gives NaN or infinite numbers on this text: its weights, or --dtype, do not do")
+    return so_far.plus(sums, more, loss)
+
+
+def resume(partial: Path, empty: Calibration) -> Calibration:
+    """Return the sums that an interrupted run left at `partial`, or `empty` if there are none of this job."""
+    if not partial.exists():
+        return empty
+    try:
+        found = read(partial)
+    except ValueError as error:
+        print(f"note: starting over: {error}", file=sys.stderr)
+        return empty
+    if not found.same_job(empty):
+        print(f"note: starting over: {partial} is of another model, text or number of sequences", file=sys.stderr)
+        return empty
+    print(f"going on after {found.sequences} of {found.sequences_wanted} sequences, from {partial}", flush=True)
+    return found
+
+
+def from_first(value: float) -> float:
+    """Return what rank 0 has."""
+    told = torch.tensor([value], dtype=torch.float64, device="cuda")
+    torch.distributed.broadcast(told, 0)
+    return float(told)
+
+
+if __name__ == "__main__":
+    run(main, left="the same command goes on where it was")
