@@ -321,7 +321,10 @@ def test_an_interrupted_run_goes_on_where_it_was(
         ("--save {here}/s --data {here}/other.jsonl", "is not a file"),
     ],
 )
-def test_mistakes_of_a_user_are_said_before_anything_is_built(folder: Path, words: str, complaint: str) -> None:
+def test_mistakes_of_a_user_are_said_before_anything_is_built(
+    folder: Path, words: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_importance.cpu_device, "install", lambda: False)  # this process keeps its device
     with pytest.raises(ValueError, match=complaint):
         score_importance.main(["--load", str(folder / "gqa"), *words.format(here=folder).split()])
 
