@@ -154,7 +154,7 @@ def load_torch(path: Path, window: Window | None = None) -> Any:
         raise ValueError(f"{path} holds more than data and was not loaded: {error}") from error
     except zipfile.BadZipFile as error:
         raise ValueError(f"{what} is not a complete file of torch.save: {error}") from error
-    except (ValueError, NotImplementedError, RuntimeError, LookupError) as error:  # of a directory that zipfile refuses
+    except (ValueError, RuntimeError, LookupError) as error:  # RuntimeError: as zipfile says what it does not read
         raise ValueError(f"{what} is damaged: {error}") from error
 
 
