@@ -5,12 +5,13 @@
 The embedded model is pruned to 53.6% (hidden 128, ffn 288, 6 layers) by random and by activation scores, and trained on
 with the language-model loss and with distillation from its parent, each on a tenth of the tokens that the parent was
 trained on. The same shape starts from random weights and gets all of them. Three seeds; the learning rate of each arm
-is the best of three in shorter runs of its own. Prints the table for the READMEs, with how many tokens from scratch
-each arm is worth, and draws assets/loss.png and assets/loss_vs_scratch.png.
+is tuned in shorter runs of its own, by factors of two until both neighbours of the best are worse. Prints the table for
+the READMEs, with how many tokens from scratch each arm is worth, and draws assets/loss.png and
+assets/loss_vs_scratch.png.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ SHARE = 0.1  # of the parent's tokens, for the pruned arms
 MARKS = (0.02, 0.05, 0.1)  # shares of the parent's tokens at which the pruned arms are measured
 SCRATCH_MARKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 ARMS = ("from scratch", "random, LM loss", "random, distillation", "activation, LM loss", "activation, distillation")
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+FIRST_RATES = (1e-3, 2e-3)
+TUNED_ON = {ARMS[0]: 0.1}  # of the parent's tokens; the pruned arms a third of what they get
 
 
 def steps_of(share: float, scale: float) -> int:
@@ -42,19 +44,17 @@ def main() -> None:
     args = parser.parse_args()
     experiment = Experiment(args.work_dir.resolve(), args.jobs)
 
-    def run(arm: str, seed: int, lr: float, tune: bool) -> Run:
+    def run(arm: str, seed: int, lr: float, tune: bool = False) -> Run:
         marks = [steps_of(share, args.scale) for share in (SCRATCH_MARKS if arm == ARMS[0] else MARKS)]
-        if tune:  # a third of the way
-            marks = [marks[-1] // 3]
+        if tune:
+            marks = [steps_of(TUNED_ON[arm], args.scale) if arm in TUNED_ON else marks[-1] // 3]
         flags = ("--teacher-load", str(PARENT)) if arm.endswith("distillation") else ()
         name = f"{'tune-' if tune else ''}{arm.replace(', ', '-').replace(' ', '_')}-{seed}" + f"-{lr:g}" * tune
         return Run(name, start(experiment, arm, seed), marks[-1], lr, seed, tuple(sorted(set(marks))), flags)
 
     first = args.seeds[0]
-    tuning = {(arm, lr): run(arm, first, lr, tune=True) for arm in ARMS for lr in LEARNING_RATES}
-    tuned = experiment.train(list(tuning.values()))
-    best = {arm: min(LEARNING_RATES, key=lambda lr, arm=arm: min(tuned[tuning[arm, lr].name].values())) for arm in ARMS}
-    runs = {(arm, seed): run(arm, seed, best[arm], tune=False) for seed in args.seeds for arm in ARMS}
+    best = tune(experiment, lambda arm, lr: run(arm, first, lr, tune=True))
+    runs = {(arm, seed): run(arm, seed, best[arm]) for seed in args.seeds for arm in ARMS}
     losses = experiment.train(list(runs.values()))
     parent = experiment.evaluate("parent", PARENT)
     curves: dict[str, dict[int, list[float]]] = {}
@@ -63,6 +63,19 @@ def main() -> None:
         curves[arm] = {mark * STEP_TOKENS: [found[mark] for found in by_seed] for mark in runs[arm, first].marks}
     report(curves, best, parent)
     draw(curves, parent, args.figures)
+
+
+def tune(experiment: Experiment, run: Callable[[str, float], Run]) -> dict[str, float]:
+    """Return the learning rate of each arm that neither its half nor its double beats."""
+    losses: dict[str, dict[float, float]] = {arm: {} for arm in ARMS}
+    wanted = dict.fromkeys(ARMS, FIRST_RATES)
+    while any(wanted.values()):
+        runs = {(arm, lr): run(arm, lr) for arm in ARMS for lr in wanted[arm]}
+        for (arm, lr), found in zip(runs, experiment.train(list(runs.values())).values(), strict=True):
+            losses[arm][lr] = min(found.values())
+        best = {arm: min(tried, key=tried.__getitem__) for arm, tried in losses.items()}
+        wanted = {arm: tuple(lr for lr in (best[arm] / 2, best[arm] * 2) if lr not in losses[arm]) for arm in ARMS}
+    return best
 
 
 def start(experiment: Experiment, arm: str, seed: int) -> Path:

@@ -155,7 +155,7 @@ class Killing:
     def attempt(self, random: Random, name: str) -> str:
         """Kill a run at a random moment and look at what is there. Returns the state it was found in."""
         self.prepare(name)
-        old: dict[str, str] | None = None
+        old: dict[str, str] | None = None  # what is there before; with --overwrite there is always one or the other
         if "--overwrite" in self.runs[name]:
             shutil.copytree(self.source, self.target)
             old = digests(self.target)
@@ -173,10 +173,10 @@ class Killing:
         state = self._state(name, old)
         begun = any((self.top / ".out.partial").rglob("*"))
         left = {path.name for path in self.top.iterdir()} - self.names - {"out"}
-        assert left <= {".out.partial", ".out.replaced"}, f"{name}: left {left}"
+        assert left <= {".out.partial"}, f"{name}: left {left}"
         stray = sum(path.stat().st_blocks * 512 for path in (self.top / "tmp").rglob("*"))
         assert stray < 1 << 20, f"{name}: left {stray} bytes of temporary files"
-        if state != "complete":
+        if state != "complete" or left:  # it may have ended while it removed what it replaced
             self.finish(name, alone=True)
         assert self._state(name, None) == "complete", f"{name}: the rerun is incomplete"
         left = {path.name for path in self.top.iterdir()} - self.names
@@ -188,6 +188,7 @@ class Killing:
 
     def _state(self, name: str, old: dict[str, str] | None) -> str:
         if not self.target.exists():
+            assert old is None, f"{name}: neither the old checkpoint nor the new one is there"
             return "absent"
         found = digests(self.target)
         if found == self.wanted[name]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_conversion import convert
 
 import prune_llama
+from megatron.pruning import output
 from megatron.pruning.arguments import hyphenated, megatron_flags
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.views import File, Stored
@@ -416,10 +417,31 @@ def test_a_failure_between_the_two_renames_takes_the_first_one_back(
             raise KeyboardInterrupt
         return rename(self, target)
 
+    monkeypatch.setattr(output, "_exchange", lambda *_: False)  # as on NFS
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(gqa, old, tensor=4, overwrite=True)
     assert len(list((old / "release").iterdir())) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_run_is_refused_until_what_was_replaced_is_gone(
+    gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = convert(gqa, tmp_path / "out", tensor=2)
+    remove, refused = shutil.rmtree, []
+
+    def removing(path: Path, **options: Any) -> None:
+        if path.exists() and not refused:
+            refused.append(path.name)
+            assert len(list((target / "release").iterdir())) == 4
+            with pytest.raises(ValueError, match="another run is writing it"):
+                convert(gqa, target, overwrite=True)
+        remove(path, **options)
+
+    monkeypatch.setattr(output.shutil, "rmtree", removing)
+    convert(gqa, target, tensor=4, overwrite=True)
+    assert refused == [".out.partial"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -174,10 +174,11 @@ def _building(path: Path, need: int, overwrite: bool, world: World) -> Iterator[
         if world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = _lock(partial, path)
-            # What a run that was killed left behind; it may have been between the two renames of `_put_in_place`.
+            # What a run that was killed left behind; it may have been between the two renames of `_rename_twice`.
             if old.exists() and not path.exists():
                 old.rename(path)
-            for leftover in (old, *partial.iterdir()):
+            shutil.rmtree(old, ignore_errors=True)  # another run may be removing it
+            for leftover in partial.iterdir():
                 _remove(leftover)
             check_target(path, overwrite)
             free = shutil.disk_usage(path.parent).free
@@ -222,16 +223,41 @@ def _remove(path: Path) -> None:
 
 
 def _put_in_place(partial: Path, path: Path, old: Path) -> None:
+    if not path.exists():
+        partial.rename(path)
+        _sync_directory(path.parent)
+        return
+    # What is replaced will lie under the name of `partial`: its lock keeps other runs from it until it is gone.
+    replaced = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        if path.exists():
-            path.rename(old)
+        fcntl.flock(replaced, fcntl.LOCK_EX)
+        if not _exchange(partial, path):
+            _rename_twice(partial, path, old)
+        _sync_directory(path.parent)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    finally:
+        os.close(replaced)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two directories change names in one step; False where the file system cannot (NFS is one)."""
+    import ctypes
+
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _rename_twice(partial: Path, path: Path, old: Path) -> None:
+    """Put `partial` under the name of `path`, which for a moment nothing has: the next run mends what is cut there."""
+    try:
+        path.rename(old)
         partial.rename(path)
     except BaseException:
         if old.exists() and not path.exists():
             old.rename(path)
         raise
-    _sync_directory(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_directories(top: Path) -> None:
