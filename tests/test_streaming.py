@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
 import zlib
 from argparse import Namespace
@@ -26,12 +27,25 @@ from hypothesis import strategies as st
 from benchmarks import peers, streaming
 from megatron.pruning import filling
 from megatron.pruning.dist_file import read_metadata
-from megatron.pruning.filling import EXTENT_BYTES, Segment, fill, finish
+from megatron.pruning.filling import Segment, fill, finish
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.layout import Layout
 from megatron.pruning.manifest import MANIFEST, Digest, manifest_bytes, read_manifest, verify
 from megatron.pruning.torch_archive import archive, tensor
-from megatron.pruning.views import BITS, BYTES, Bits, Index, View, cast, concat, read_all, take
+from megatron.pruning.views import (
+    BITS,
+    BLOCK_BYTES,
+    BYTES,
+    Bits,
+    File,
+    Index,
+    Stored,
+    View,
+    cast,
+    concat,
+    read_all,
+    take,
+)
 
 
 class Held(View):
@@ -200,7 +214,8 @@ def test_every_byte_lands_in_its_place(tmp_path: Path, monkeypatch: pytest.Monke
     views = [random_view(1001, 777), random_view(3), random_view(7, 5, dtype="fp32"), random_view(2, 700_001)]
     laid = segments(b"head", views[0], b"", b"between", *views[1:3], b"x" * 5000, views[3], b"tail")
     wanted = [part.content if isinstance(part.content, bytes) else part.content.bits.tobytes() for part in laid]
-    assert laid[-1].stop > 4 * EXTENT_BYTES
+    monkeypatch.setattr(filling, "EXTENT_BYTES", 1 << 20)
+    assert laid[-1].stop > 4 << 20
     told: list[int] = []
     digests = fill(tmp_path / "file", laid, told.append)
     assert (tmp_path / "file").read_bytes() == b"".join(wanted)
@@ -269,6 +284,22 @@ def test_any_stretch_of_bytes_is_read_alike(
     out = room[data.draw(st.integers(0, 1)) :][: stop - start]  # also where the elements are not aligned
     view.read_bytes(start, out)
     assert out.tobytes() == raw[start:stop]
+
+
+@pytest.mark.parametrize(("axis", "every"), [(0, 3), (1, 64)])
+def test_what_is_read_to_keep_little_of_it_stays_small(tmp_path: Path, axis: int, every: int) -> None:
+    rows, columns = 1 << 14, 1 << 12
+    (tmp_path / "file").touch()
+    os.truncate(tmp_path / "file", 2 * rows * columns)  # 128 MiB
+    view = take(
+        Stored(File(tmp_path / "file"), 0, (rows, columns), "bf16"), axis, np.arange(0, (rows, columns)[axis], every)
+    )
+    out = np.empty(view.nbytes, np.uint8)
+    tracemalloc.start()
+    view.read_bytes(0, out)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * BLOCK_BYTES
 
 
 @settings(deadline=None)

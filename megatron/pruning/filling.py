@@ -1,7 +1,7 @@
 """The streaming core: a file whose every byte is known before it is written, filled by a few threads.
 
 A file is a row of segments: bytes as they are, and tensors that are pulled through their views. Threads take extents of
-one MiB in turn, gather each into a buffer of their own, note its checksum and write it past the page cache (O_DIRECT)
+a few MiB in turn, gather each into a buffer of their own, note its checksum and write it past the page cache (O_DIRECT)
 where the file system can. So every format costs the same: one read, one gather, one checksum, one direct write.
 
 Buffered writing costs more than all of these together: the kernel finds, zeroes and fills a page for every 4 KiB.
@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron.pruning.manifest import Digest
-from megatron.pruning.views import Bits, View
+from megatron.pruning.views import BLOCK_BYTES, Bits, View
 
-EXTENT_BYTES = 1 << 20
+EXTENT_BYTES = BLOCK_BYTES
 # What direct writes must be a multiple of, in memory, in the file and in length: no device wants more than a page.
 _ALIGNMENT = 4096
 # More than processors, because some threads wait for the disk.

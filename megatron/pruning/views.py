@@ -2,7 +2,7 @@
 
 A `View` has a shape, a dtype and `read_into(rows, out)`. `Stored` reads a tensor that lies in a file; `take`, `concat`
 and `cast` build on other views without touching a byte. A writer pulls each output tensor through its view in blocks of
-about one MiB, into buffers that are used again and again (the first touch of fresh memory costs ten times a copy), so a
+a few MiB, into buffers that are used again and again (the first touch of fresh memory costs ten times a copy), so a
 conversion or a pruning needs the memory of a few blocks, whatever the size of the model.
 
 Values are moved as raw bits (signed integers of the element's width), so every bf16, fp16 and fp32 pattern, NaN
@@ -28,7 +28,9 @@ Bits = NDArray[Any]
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BITS: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 2: np.dtype("<i2")}
-BLOCK_BYTES = 1 << 20
+# Of what is moved at once, and the most that is read for it where only a part is kept, however small that is. Smaller
+# blocks cost more Python than copying, larger ones leave the processor's cache.
+BLOCK_BYTES = 1 << 22
 # Two runs of rows closer than this are read in one go: a seek costs more than the bytes between them.
 READ_GAP_BYTES = 1 << 14
 
@@ -144,8 +146,8 @@ class Stored(View):
 
     def read_into(self, rows: Index, out: Bits) -> None:
         gap = READ_GAP_BYTES // max(self.row_bytes, 1) + 1
-        steps = np.diff(rows)
-        for start, stop in _runs((steps < 0) | (steps > gap)):
+        steps, pieces = np.diff(rows), rows // max(BLOCK_BYTES // max(self.row_bytes, 1), 1)
+        for start, stop in _runs((steps < 0) | (steps > gap) | (np.diff(pieces) != 0)):
             first, last = int(rows[start]), int(rows[stop - 1])
             if last - first == stop - start - 1 and (steps[start : stop - 1] == 1).all():
                 self._read_run(first, out[start:stop])
@@ -182,13 +184,19 @@ class Taken(View):
     def read_into(self, rows: Index, out: Bits) -> None:
         if self.axis == 0:
             return self.parent.read_into(self.index[rows], out)
-        with scratch((len(rows), self.parent.shape[1]), out.dtype) as block:
-            self.parent.read_into(rows, block)
-            if self._stretch is not None:
-                out[:] = block[:, self._stretch]
-            else:
-                wide = np.dtype(f"V{self._width * out.itemsize}")
-                np.take(block.view(wide), self._columns, axis=1, out=out.view(wide), mode="clip")
+        step = max(1, BLOCK_BYTES // max(self.parent.row_bytes, 1))
+        with scratch((min(step, len(rows)), self.parent.shape[1]), out.dtype) as block:
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step]
+                self.parent.read_into(part, block[: len(part)])
+                self._take_columns(block[: len(part)], out[start : start + len(part)])
+
+    def _take_columns(self, block: Bits, out: Bits) -> None:
+        if self._stretch is not None:
+            out[:] = block[:, self._stretch]
+        else:
+            wide = np.dtype(f"V{self._width * out.itemsize}")
+            np.take(block.view(wide), self._columns, axis=1, out=out.view(wide), mode="clip")
 
 
 def _stretch(index: Index) -> slice | None:
