@@ -54,7 +54,7 @@ def main() -> None:
 
     first = args.seeds[0]
     best = tune(experiment, lambda arm, lr: run(arm, first, lr, tune=True))
-    runs = {(arm, seed): run(arm, seed, best[arm]) for seed in args.seeds for arm in ARMS}
+    runs = {(arm, seed): run(arm, seed, best[arm]) for arm in ARMS for seed in args.seeds}  # the longest first
     losses = experiment.train(list(runs.values()))
     parent = experiment.evaluate("parent", PARENT)
     curves: dict[str, dict[int, list[float]]] = {}

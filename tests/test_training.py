@@ -123,6 +123,7 @@ def test_layouts_continue_the_same_training(
     words = f"{MODEL} {TRAINING} {DATA} --load dist --ckpt-step {SAVED}"
     if layout == "tensor":
         run = launched(folder, 2, f"{words} --tensor-model-parallel-size 2 --sequence-parallel --save tensor")
+        assert run.code == 0, run.log[-3000:]
         assert (folder / "tensor" / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
     else:
         stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import GPTModelConfig
 
-from megatron.pruning import cpu_device
+from megatron.pruning import cpu_device, cpu_kernels
 
 
 class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library without types
@@ -53,6 +53,8 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
             # torch's backward pass of attention on a CPU is half as fast in bfloat16 as in float32
             query, key, value = query.float(), key.float(), value.float()
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [batch, heads, seq, dim]
+        if query.device.type == "cpu":
+            query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
         mixed = torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
@@ -76,6 +78,12 @@ class LocalRMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **options: Any) -> None:
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The same as torch's."""
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+            return cpu_kernels.rms_norm(x, self.weight, self.eps or 0.0)
+        return super().forward(x)
 
 
 def local_layers(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -112,4 +120,5 @@ def gpt_config(args: argparse.Namespace) -> GPTModelConfig:
         config.transformer_layer_spec = local_layers
     if cpu_device.is_installed():
         cpu_device.adjust(config.transformer)
+        cpu_kernels.install(config.transformer)
     return config

@@ -1,0 +1,108 @@
+"""The CPU's kernels beside the Megatron and torch functions that they replace, forward and backward."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import ROOT
+from megatron.core.models.common.embeddings.rope_utils import _rotate_half
+from torch import Tensor
+
+from megatron.pruning import cpu_kernels
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The result, and the gradients of a fixed weighing of it with respect to the inputs."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    result = function(*leaves)
+    weighing = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=result.dtype)
+    result.backward(weighing)
+    return [result.detach(), *[leaf.grad for leaf in leaves if leaf.grad is not None]]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+def same(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation(dtype: torch.dtype) -> None:
+    half = random(7, 1, 1, 5)
+    freqs = torch.cat([half, half], -1)
+    mixed = random(7, 3, 4, 30, dtype=dtype)  # queries lie between keys and values, not alone
+
+    def stock(t: Tensor) -> Tensor:
+        t = t[..., 10:20]
+        return t * (freqs.cos() * 1.5).to(dtype) + _rotate_half(t, False) * (freqs.sin() * 1.5).to(dtype)
+
+    found = gradients(lambda t: cpu_kernels.rotate(t[..., 10:20], freqs, mscale=1.5), mixed)
+    same(found, gradients(stock, mixed), 1e-6 if dtype is torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("options", [{"rotary_interleaved": True}, {}])
+def test_a_rotation_that_llama_does_not_have_is_left_to_megatron(options: dict[str, bool]) -> None:
+    t, freqs = random(7, 3, 4, 10), random(7, 1, 1, 10 if options else 6)
+    same(
+        gradients(lambda t: cpu_kernels.rotate(t, freqs, **options), t),
+        gradients(lambda t: cpu_kernels._stock_rotation(t, freqs, **options), t),
+        0,
+    )
+
+
+def test_swiglu() -> None:
+    def stock(y: Tensor) -> Tensor:
+        gate, up = y.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+    y = random(33, 2 * 17)
+    same(gradients(lambda y: cpu_kernels.SwiGLU.apply(y, False, False), y), gradients(stock, y), 1e-6)
+
+
+def test_rms_norm() -> None:
+    x, weight = random(9, 2, 31), random(31)
+    wanted = gradients(lambda x, weight: torch.nn.functional.rms_norm(x, (31,), weight, 1e-5), x, weight)
+    same(gradients(lambda x, weight: cpu_kernels.rms_norm(x, weight, 1e-5), x, weight), wanted, 1e-5)
+    assert not cpu_kernels.rms_norm(torch.zeros(1, 31), weight, 1e-5).any()
+
+
+def test_megatron_takes_them() -> None:
+    program = """
+from megatron.pruning import cpu_device
+cpu_device.install()
+import torch
+from megatron.core.fusions import fused_bias_swiglu
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.transformer_config import TransformerConfig
+weights = [torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2)]
+optimizers = [torch.optim.AdamW([weights[0]], weight_decay=0.1)]
+from megatron.pruning import cpu_kernels
+config = TransformerConfig(
+    num_layers=1, hidden_size=8, num_attention_heads=1, gated_linear_unit=True, activation_func=torch.nn.functional.silu
+)
+for _ in range(2):
+    cpu_kernels.install(config)
+optimizers.append(torch.optim.AdamW([weights[1]], weight_decay=0.1))
+assert [optimizer.param_groups[0]["fused"] for optimizer in optimizers] == [None, True]
+for weight, optimizer in zip(weights, optimizers):
+    for step in range(3):
+        weight.grad = torch.cos(weight.detach() * 7 + step)
+        optimizer.step()
+assert torch.allclose(*weights, rtol=1e-6, atol=1e-6) and not torch.equal(weights[0], torch.linspace(-1, 1, 50))
+assert config.bias_activation_fusion
+assert rope_utils._apply_rotary_pos_emb_bshd is cpu_kernels.rotate
+assert fused_bias_swiglu.SwiGLUFunction is cpu_kernels.SwiGLU
+assert layers.linear_with_grad_accumulation_and_async_allreduce is cpu_kernels.linear
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
