@@ -96,14 +96,15 @@ def worth(loss: float, scratch: dict[int, list[float]]) -> str:
 
 
 def report(curves: dict[str, dict[int, list[float]]], best: dict[str, float], parent: float) -> None:
-    """Print one row for each arm and mark."""
+    """Print one row for each arm, one column for each mark."""
+    marks = list(curves[ARMS[0]])
     print(f"\nparent: {parent:.3f} after {PARENT_TOKENS / 1e6:.1f}M tokens; mean ± standard deviation over seeds\n")
-    print("| | learning rate | tokens | validation loss | tokens from scratch that give it |")
-    print("|---|---|---|---|---|")
-    for arm, marks in curves.items():
-        for tokens, values in marks.items():
-            equal = "" if arm == ARMS[0] else worth(float(np.mean(values)), curves[ARMS[0]])
-            print(f"| {arm} | {best[arm]:g} | {tokens / 1e6:.2f}M | {mean_and_spread(values)} | {equal} |")
+    print("| | " + " | ".join(f"{tokens / 1e6:.2f}M" for tokens in marks) + " | learning rate | worth from scratch |")
+    print("|---" * (len(marks) + 3) + "|")
+    for arm, losses in curves.items():
+        cells = [mean_and_spread(losses[tokens]) if tokens in losses else "" for tokens in marks]
+        equal = "" if arm == ARMS[0] else worth(float(np.mean(list(losses.values())[-1])), curves[ARMS[0]])
+        print(f"| {arm} | " + " | ".join([*cells, f"{best[arm]:g}", equal]) + " |")
 
 
 def draw(curves: dict[str, dict[int, list[float]]], parent: float, folder: Path) -> None:

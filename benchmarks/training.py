@@ -1,6 +1,7 @@
 """Training speed: pretrain_gpt.py against the Trainer of transformers, on the same model, data, batch and machine.
 
     python benchmarks/training.py                                  # tiny-llama, fp32, on the CPU
+    python benchmarks/training.py --model 58m --sequence-length 512 --micro-batch-size 4 --global-batch-size 8
     python benchmarks/training.py --model 1b --sequence-length 4096 --micro-batch-size 4 --steps 20   # bf16, on a GPU
 
 Three arms, each in a process of its own, one after the other and that as many times as --rounds says: the stock loop
@@ -40,15 +41,25 @@ ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3  # steps that are not timed
 # Dense bf16 peaks in floating point operations per second, without sparsity (NVIDIA's data sheets).
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-ONE_BILLION = LlamaConfig(  # TinyLlama's shape
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=22,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    vocab_size=32000,
-    max_position_embeddings=4096,
-)
+SHAPES = {  # of random weights
+    "58m": LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=32000,
+    ),
+    "1b": LlamaConfig(  # TinyLlama's shape
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+    ),
+}
 UNFUSED = "--transformer-impl local --spec megatron.pruning.local_layers unfused_layers"
 ARMS = {"pretrain_gpt.py": "", "pretrain_gpt.py, unfused attention": UNFUSED, "transformers Trainer": None}
 
@@ -56,7 +67,9 @@ ARMS = {"pretrain_gpt.py": "", "pretrain_gpt.py, unfused attention": UNFUSED, "t
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "assets/tiny-llama"), help="a directory of Hugging Face, or 1b")
+    parser.add_argument(
+        "--model", default=str(ROOT / "assets/tiny-llama"), help=f"a directory of Hugging Face, or {', '.join(SHAPES)}"
+    )
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens")
     parser.add_argument("--micro-batch-size", type=int, default=8, help="sequences")
     parser.add_argument("--global-batch-size", type=int, default=16, help="sequences a step")
@@ -72,9 +85,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     source = Path(args.model)
-    if args.model == "1b":
+    if args.model in SHAPES:
         source = folder / "hf"
-        LlamaForCausalLM(ONE_BILLION).bfloat16().save_pretrained(source)
+        LlamaForCausalLM(SHAPES[args.model]).bfloat16().save_pretrained(source)
     else:
         (folder / "hf").symlink_to(source.resolve())
     checkpoint = open_checkpoint(source)
