@@ -84,10 +84,17 @@ class Experiment:
             command("prune_llama.py", "--load", PARENT, "--save", path, *flags)
         return path
 
+    def convert(self, name: str, source: Path) -> Path:
+        """Return a checkpoint as Megatron tp1."""
+        path = self.work / "start" / name
+        if not path.exists():
+            command("tools/checkpoint_conversion/convert.py", "--load", source, "--save", path)
+        return path
+
     def random_start(self, name: str, like: Path, seed: int) -> Path:
         """Return a Megatron checkpoint of the shape of `like`, with transformers' random initialisation."""
-        path, source = self.work / "start" / name, self.work / "start" / f"{name}-hf"
-        if not path.exists():
+        source = self.work / "start" / f"{name}-hf"
+        if not source.exists():
             import torch
             from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -96,8 +103,7 @@ class Experiment:
             AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(source)
             for file in (like / "huggingface").glob("tokenizer*"):
                 shutil.copy(file, source)
-            command("tools/checkpoint_conversion/convert.py", "--load", source, "--save", path)
-        return path
+        return self.convert(name, source)
 
     def evaluate(self, name: str, checkpoint: Path, iteration: int | None = None) -> float:
         """Return the validation loss in nats, measured once for each name."""

@@ -24,6 +24,7 @@ SHARE = 0.1  # of the parent's tokens, for the pruned arms
 MARKS = (0.02, 0.05, 0.1)  # shares of the parent's tokens at which the pruned arms are measured
 SCRATCH_MARKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 ARMS = ("from scratch", "random, LM loss", "random, distillation", "activation, LM loss", "activation, distillation")
+CONTROL = "the parent itself, LM loss"  # one seed, at the learning rate of the first pruned arm
 FIRST_RATES = (1e-3, 2e-3)
 TUNED_ON = {ARMS[0]: 0.1}  # of the parent's tokens; the pruned arms a third of what they get
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "recovery", metavar="DIR")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a core each (default 2)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED")
+    parser.add_argument("--scratch-seeds", type=int, nargs="+", metavar="SEED", help="from scratch (default: --seeds)")
     parser.add_argument("--scale", type=float, default=1.0, help="of all token counts; below 1 only shows that it runs")
     parser.add_argument("--figures", type=Path, default=ROOT / "assets", metavar="DIR")
     args = parser.parse_args()
@@ -54,13 +56,15 @@ def main() -> None:
 
     first = args.seeds[0]
     best = tune(experiment, lambda arm, lr: run(arm, first, lr, tune=True))
-    runs = {(arm, seed): run(arm, seed, best[arm]) for arm in ARMS for seed in args.seeds}  # the longest first
+    seeds = dict.fromkeys(ARMS, args.seeds) | {ARMS[0]: args.scratch_seeds or args.seeds}
+    seeds[CONTROL], best[CONTROL] = [first], best[ARMS[1]]
+    runs = {(arm, seed): run(arm, seed, best[arm]) for arm in seeds for seed in seeds[arm]}  # the longest first
     losses = experiment.train(list(runs.values()))
     parent = experiment.evaluate("parent", PARENT)
     curves: dict[str, dict[int, list[float]]] = {}
-    for arm in ARMS:
-        by_seed = [losses[runs[arm, seed].name] for seed in args.seeds]
-        curves[arm] = {mark * STEP_TOKENS: [found[mark] for found in by_seed] for mark in runs[arm, first].marks}
+    for arm in seeds:
+        by_seed = [losses[runs[arm, seed].name] for seed in seeds[arm]]
+        curves[arm] = {mark * STEP_TOKENS: [found[mark] for found in by_seed] for mark in by_seed[0]}
     report(curves, best, parent)
     draw(curves, parent, args.figures)
 
@@ -80,6 +84,8 @@ def tune(experiment: Experiment, run: Callable[[str, float], Run]) -> dict[str, 
 
 def start(experiment: Experiment, arm: str, seed: int) -> Path:
     """Return the checkpoint that an arm starts from."""
+    if arm == CONTROL:
+        return experiment.convert("parent", PARENT)
     scores = ("--criterion", "activation", "--scores", experiment.scores())
     if arm.startswith("activation"):
         return experiment.prune("activation", *SHAPE, *scores)
@@ -109,16 +115,16 @@ def report(curves: dict[str, dict[int, list[float]]], best: dict[str, float], pa
 
 def draw(curves: dict[str, dict[int, list[float]]], parent: float, folder: Path) -> None:
     """Draw the arms by tokens, and the pruned model beside a random start."""
-    for name, arms, title in (
-        ("loss.png", ARMS[1:], "recovery of the pruned model"),
-        ("loss_vs_scratch.png", (ARMS[0], *ARMS[3:]), "pruned, and from a random start"),
+    for name, arms, title, scale in (
+        ("loss.png", ARMS[1:], "recovery of the pruned model", "linear"),
+        ("loss_vs_scratch.png", (ARMS[0], *ARMS[3:]), "pruned, and from a random start", "log"),
     ):
-        figure({arm: curves[arm] for arm in arms}, parent, title, folder / name)
+        figure({arm: curves[arm] for arm in arms}, parent, title, scale, folder / name)
         print(f"figure: {folder / name}")
 
 
-def figure(curves: dict[str, dict[int, list[float]]], parent: float, title: str, path: Path) -> None:
-    """Draw mean and spread over the seeds by tokens."""
+def figure(curves: dict[str, dict[int, list[float]]], parent: float, title: str, scale: str, path: Path) -> None:
+    """Draw mean and spread over the seeds by tokens, on a linear or a logarithmic scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,7 +136,7 @@ def figure(curves: dict[str, dict[int, list[float]]], parent: float, title: str,
         spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in marks.values()]
         axes.errorbar(tokens, [np.mean(values) for values in marks.values()], spread, marker="o", capsize=3, label=arm)
     axes.axhline(parent, color="0.5", linestyle="--", label=f"parent, {PARENT_TOKENS / 1e6:.1f}M tokens")
-    axes.set(xlabel="million tokens", ylabel="validation loss (nats a token)", title=title)
+    axes.set(xlabel="million tokens", ylabel="validation loss (nats a token)", title=title, xscale=scale)
     axes.grid(alpha=0.3)
     axes.legend()
     canvas.savefig(path, dpi=120)
