@@ -26,7 +26,6 @@ SCRATCH_MARKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 ARMS = ("from scratch", "random, LM loss", "random, distillation", "activation, LM loss", "activation, distillation")
 CONTROL = "the parent itself, LM loss"  # one seed, at the learning rate of the first pruned arm
 FIRST_RATES = (1e-3, 2e-3)
-TUNED_ON = {ARMS[0]: 0.1}  # of the parent's tokens; the pruned arms a third of what they get
 
 
 def steps_of(share: float, scale: float) -> int:
@@ -48,8 +47,8 @@ def main() -> None:
 
     def run(arm: str, seed: int, lr: float, tune: bool = False) -> Run:
         marks = [steps_of(share, args.scale) for share in (SCRATCH_MARKS if arm == ARMS[0] else MARKS)]
-        if tune:
-            marks = [steps_of(TUNED_ON[arm], args.scale) if arm in TUNED_ON else marks[-1] // 3]
+        if tune:  # from scratch on a tenth of the tokens, the pruned arms on a third of theirs
+            marks = [marks[-1] // (10 if arm == ARMS[0] else 3)]
         flags = ("--teacher-load", str(PARENT)) if arm.endswith("distillation") else ()
         name = f"{'tune-' if tune else ''}{arm.replace(', ', '-').replace(' ', '_')}-{seed}" + f"-{lr:g}" * tune
         return Run(name, start(experiment, arm, seed), marks[-1], lr, seed, tuple(sorted(set(marks))), flags)

@@ -70,6 +70,9 @@ def test_rms_norm() -> None:
     x, weight = random(9, 2, 31), random(31)
     wanted = gradients(lambda x, weight: torch.nn.functional.rms_norm(x, (31,), weight, 1e-5), x, weight)
     same(gradients(lambda x, weight: cpu_kernels.rms_norm(x, weight, 1e-5), x, weight), wanted, 1e-5)
+    turned = x.transpose(0, 1)  # a layout of which torch makes no view
+    wanted = gradients(lambda x: torch.nn.functional.rms_norm(x, (31,), weight, 1e-5).transpose(0, 1), turned)
+    same(gradients(lambda x: cpu_kernels.rms_norm(x, weight, 1e-5).transpose(0, 1), turned), wanted, 1e-5)
     assert not cpu_kernels.rms_norm(torch.zeros(1, 31), weight, 1e-5).any()
 
 

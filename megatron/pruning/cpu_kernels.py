@@ -118,7 +118,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(context: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = context.saved_tensors
         normed = x * scale
-        product = (grad * normed).view(-1, x.shape[-1])
+        product = (grad * normed).reshape(-1, x.shape[-1])
         along = torch.mv(product, weight).div_(x.shape[-1]).view(scale.shape)
         return torch.mul(grad, weight).addcmul_(normed, along, value=-1).mul_(scale), product.sum(0), None
 

@@ -81,8 +81,8 @@ class LocalRMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The same as torch's."""
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
-            return cpu_kernels.rms_norm(x, self.weight, self.eps or 0.0)
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and self.eps is not None:
+            return cpu_kernels.rms_norm(x, self.weight, self.eps)
         return super().forward(x)
 
 

@@ -169,7 +169,7 @@ def _building(path: Path, need: int, overwrite: bool, world: World) -> Iterator[
     """Give a directory beside `path`, and at the end put it in its place; when anything fails, leave nothing behind."""
     path = Path(os.path.abspath(path))  # noqa: PTH100 - resolves "..", but no links
     partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "replaced"))
-    lock = None
+    lock, placed = None, False
     try:
         if world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,9 +191,10 @@ def _building(path: Path, need: int, overwrite: bool, world: World) -> Iterator[
         if world.rank == 0:
             _sync_directories(partial)
             _put_in_place(partial, path, old)
+            placed = True
         world.barrier()
     except BaseException:
-        if lock is not None:  # only who holds the lock may remove it
+        if lock is not None and not placed:  # only who holds the lock may remove it; afterwards it is another run's
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
