@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
 from megatron.core.models.common.embeddings.rope_utils import _rotate_half
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models import GPTModelConfig
 from torch import Tensor
 
 from megatron.pruning import cpu_kernels
@@ -57,6 +60,59 @@ def test_a_rotation_that_llama_does_not_have_is_left_to_megatron(options: dict[s
     )
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_queries_keys_and_values(heads: int) -> None:
+    sequence, batch, groups, dim = 7, 3, 2, 10
+    half = random(sequence, 1, 1, dim // 2)
+    freqs = torch.cat([half, half], -1)
+    sizes = [heads * dim, dim, dim]
+    mixed = random(sequence, batch, groups, sum(sizes))
+    weights = random(sequence, batch, groups * (heads + 2), dim)
+
+    def stock(mixed: Tensor) -> Tensor:
+        query, key, value = torch.split(mixed, sizes, 3)
+        query = query.reshape(sequence, batch, -1, dim)
+        parts = [cpu_kernels._stock_rotation(t, freqs, rotary_interleaved=False) for t in (query, key)]
+        return torch.cat([*parts, value], 2) * weights
+
+    def fused(mixed: Tensor) -> Tensor:
+        return torch.cat(cpu_kernels.split_and_rotate(mixed, freqs, freqs, sizes), 2) * weights
+
+    same(gradients(fused, mixed), gradients(stock, mixed), 1e-5)
+    query, key, value = cpu_kernels.split_and_rotate(mixed.bfloat16(), freqs, freqs, sizes)
+    assert query.dtype == torch.bfloat16 and value.transpose(0, 1).is_contiguous()
+    wanted = (stock(mixed) / weights)[:, :, groups * heads : -groups]
+    torch.testing.assert_close(key.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "fused"),
+    [
+        ({}, True),
+        ({"kv_channels": 128}, False),
+        ({"num_query_groups": 1, "tensor_model_parallel_size": 2}, False),
+        ({"qk_layernorm": True}, False),
+        ({"rotary_interleaved": True}, False),
+        ({"position_embedding_type": "yarn"}, False),
+        ({"rotary_percent": 0.5}, False),
+    ],
+)
+def test_what_is_rotated_by_small_products(change: dict[str, Any], fused: bool) -> None:
+    flat: dict[str, Any] = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "num_query_groups": 2}
+    given = flat | change
+    outside = {name: given.pop(name) for name in ("position_embedding_type", "rotary_percent") if name in given}
+    model = GPTModelConfig(
+        transformer=TransformerConfig(**given), vocab_size=8, **{"position_embedding_type": "rope", **outside}
+    )
+    assert cpu_kernels.small_rotation(model) is fused
+
+
+def test_largest_logits() -> None:
+    logits = random(5, 2, 17, dtype=torch.bfloat16)
+    widened, largest = cpu_kernels.logits_and_largest(logits)
+    assert torch.equal(widened, logits.float()) and torch.equal(largest, widened.max(-1).values)
+
+
 def test_swiglu() -> None:
     def stock(y: Tensor) -> Tensor:
         gate, up = y.chunk(2, -1)
@@ -84,15 +140,20 @@ import torch
 from megatron.core.fusions import fused_bias_swiglu
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+from megatron.core.transformer import attention
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models import GPTModelConfig
 weights = [torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2)]
 optimizers = [torch.optim.AdamW([weights[0]], weight_decay=0.1)]
 from megatron.pruning import cpu_kernels
 config = TransformerConfig(
     num_layers=1, hidden_size=8, num_attention_heads=1, gated_linear_unit=True, activation_func=torch.nn.functional.silu
 )
-for _ in range(2):
-    cpu_kernels.install(config)
+model = GPTModelConfig(transformer=config, vocab_size=8, position_embedding_type="rope")
+for torch_attention in (False, True):
+    cpu_kernels.install(model, torch_attention)
+    assert config.fused_single_qkv_rope is torch_attention
 optimizers.append(torch.optim.AdamW([weights[1]], weight_decay=0.1))
 assert [optimizer.param_groups[0]["fused"] for optimizer in optimizers] == [None, True]
 for weight, optimizer in zip(weights, optimizers):
@@ -102,6 +163,8 @@ for weight, optimizer in zip(weights, optimizers):
 assert torch.allclose(*weights, rtol=1e-6, atol=1e-6) and not torch.equal(weights[0], torch.linspace(-1, 1, 50))
 assert config.bias_activation_fusion
 assert rope_utils._apply_rotary_pos_emb_bshd is cpu_kernels.rotate
+assert attention.apply_fused_qkv_rotary_pos_emb is cpu_kernels.split_and_rotate and attention.HAVE_FUSED_QKV_ROPE
+assert VocabParallelCrossEntropy.calculate_logits_max is cpu_kernels.logits_and_largest
 assert fused_bias_swiglu.SwiGLUFunction is cpu_kernels.SwiGLU
 assert layers.linear_with_grad_accumulation_and_async_allreduce is cpu_kernels.linear
 """

@@ -138,6 +138,17 @@ def test_layouts_continue_the_same_training(
 UNFUSED = "--spec megatron.pruning.local_layers unfused_layers"
 
 
+@pytest.mark.parametrize("heads", ["with groups", "large, without"])
+def test_torch_attention_starts_as_megatrons_own(heads: str, forker: StockLoop) -> None:
+    """Also where every head has its own key: Megatron's attention takes that in one layout only."""
+    model = MODEL if heads == "with groups" else f"{MODEL} --num-query-groups 4 --kv-channels 66"
+    words = f"{model} {TRAINING} {DATA} --exit-interval 3"
+    name = heads.replace(", ", "_").replace(" ", "_")
+    ours, theirs = forker.run(f"{name}_ours", words), forker.run(f"{name}_theirs", f"{words} {UNFUSED}")
+    assert ours.code == theirs.code == 0, theirs.log[-3000:]
+    assert len(ours.losses) == 3 and ours.losses == pytest.approx(theirs.losses, abs=2e-5)
+
+
 @pytest.mark.parametrize("masked", ["causal", "documents apart"])
 def test_torch_attention_trains_as_megatrons_own(masked: str, forker: StockLoop, trained: dict[str, Run]) -> None:
     words = f"{MODEL} {TRAINING} {DATA} --load dist --ckpt-step {SAVED} --exit-interval {SAVED + 5}"
