@@ -1,4 +1,4 @@
-"""What the experiments on the embedded model share: its text, its scores, training runs that are done once, and tables.
+"""What the experiments share: a text, a parent and its scores, training runs that are done once, and tables.
 
 A run is known by its name; its result lies in WORK/results.json, so that an experiment that was cut short goes on where
 it was. Training is scripts/check_model.sh, as a user starts it, one process and one thread a run.
@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 PARENT = ROOT / "assets" / "tiny-llama"
+TOKENIZER = PARENT / "tokenizer.model"
 SEQUENCE, BATCH = 256, 4  # tokens, sequences a step
 EVALUATED = 65_536  # tokens of the validation text, from its start
 VALIDATION = "valid_text_document"
@@ -45,35 +46,52 @@ class Run:
 
 
 class Experiment:
-    """The folder of an experiment, and the runs that are done in it."""
+    """The folder of an experiment, and the runs that are done in it.
 
-    def __init__(self, work: Path, jobs: int) -> None:
-        self.work, self.jobs = work, jobs
+    Args:
+        work: the folder.
+        jobs: runs at a time.
+        parent: what is scored and pruned; of any format.
+        sequence, batch: tokens in a sequence, sequences a step.
+        text: a folder with train.jsonl and valid.jsonl; None: the text of the embedded model.
+    """
+
+    def __init__(
+        self, work: Path, jobs: int, parent: Path = PARENT, sequence: int = SEQUENCE, batch: int = BATCH,
+        text: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.work, self.jobs, self.parent = work, jobs, parent
+        self.sequence, self.batch, self.source = sequence, batch, text
         self.lock = threading.Lock()
         work.mkdir(parents=True, exist_ok=True)
         self.file = work / "results.json"
         self.results: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def text(self) -> Path:
-        """Return the folder of the quickstart's text, as tokens."""
+        """Return the folder of the text as tokens: train_text_document and valid_text_document."""
         folder = self.work / "data"
-        if not (folder / f"{VALIDATION}.idx").exists():
-            command("tools/make_tiny_llama.py", "--data-only", folder)
-            for part in ("train", "valid"):
-                command(
-                    "tools/preprocess_data.py", "--input", folder / f"{part}.jsonl", "--output-prefix", folder / part,
-                    "--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", PARENT / "tokenizer.model",
-                    "--append-eod", "--workers", self.jobs,
-                )  # fmt: skip
+        with self.lock:  # runs start side by side
+            if not (folder / f"{VALIDATION}.idx").exists():
+                self._tokenize(self.source or folder, folder)
         return folder
+
+    def _tokenize(self, source: Path, folder: Path) -> None:
+        if source == folder:
+            command("tools/make_tiny_llama.py", "--data-only", folder)
+        for part in ("train", "valid"):
+            command(
+                "tools/preprocess_data.py", "--input", source / f"{part}.jsonl", "--output-prefix", folder / part,
+                "--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", TOKENIZER,
+                "--append-eod", "--workers", self.jobs,
+            )  # fmt: skip
 
     def scores(self) -> Path:
         """Return the parent's scores over 512 sequences of the training text."""
         file = self.work / "parent.scores"
         if not file.exists():
             command(
-                "tools/score_importance.py", "--load", PARENT, "--data", self.text() / "train_text_document",
-                "--save", file, "--sequences", 512, "--sequence-length", SEQUENCE,
+                "tools/score_importance.py", "--load", self.parent, "--data", self.text() / "train_text_document",
+                "--save", file, "--sequences", 512, "--sequence-length", self.sequence,
             )  # fmt: skip
         return file
 
@@ -81,7 +99,7 @@ class Experiment:
         """Return the parent pruned by these flags of prune_llama.py, as Megatron tp1."""
         path = self.work / "start" / name
         if not path.exists():
-            command("prune_llama.py", "--load", PARENT, "--save", path, *flags)
+            command("prune_llama.py", "--load", self.parent, "--save", path, *flags)
         return path
 
     def convert(self, name: str, source: Path) -> Path:
@@ -91,17 +109,17 @@ class Experiment:
             command("tools/checkpoint_conversion/convert.py", "--load", source, "--save", path)
         return path
 
-    def random_start(self, name: str, like: Path, seed: int) -> Path:
-        """Return a Megatron checkpoint of the shape of `like`, with transformers' random initialisation."""
+    def random_start(self, name: str, changes: Mapping[str, int], seed: int) -> Path:
+        """Return the embedded model so changed, with transformers' random weights, as Megatron tp1."""
         source = self.work / "start" / f"{name}-hf"
         if not source.exists():
             import torch
             from transformers import AutoConfig, AutoModelForCausalLM
 
             torch.manual_seed(seed)
-            config = AutoConfig.from_pretrained(like / "huggingface")
+            config = AutoConfig.from_pretrained(PARENT, **changes)
             AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(source)
-            for file in (like / "huggingface").glob("tokenizer*"):
+            for file in PARENT.glob("tokenizer*"):
                 shutil.copy(file, source)
         return self.convert(name, source)
 
@@ -116,8 +134,9 @@ class Experiment:
 
             torch.set_num_threads(1)
             opened = open_checkpoint(checkpoint, iteration)
-            data = windows(self.text() / VALIDATION, SEQUENCE, EVALUATED // SEQUENCE, opened)
-            value = loss(build(opened, "fp32", "cpu"), torch.from_numpy(data), 8, name)
+            data = windows(self.text() / VALIDATION, self.sequence, EVALUATED // self.sequence, opened)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            value = loss(build(opened, "fp32", device), torch.from_numpy(data), 8, name)
             self.keep(name, {"loss": value})
         return self.results[name]["loss"]
 
@@ -138,16 +157,20 @@ class Experiment:
                 print(f"{done}/{len(left)} {run.key}: {losses}", flush=True)
         return {run.name: {int(step): loss for step, loss in self.results[run.key].items()} for run in runs}
 
+    def trained(self, run: Run) -> Path:
+        """Return where a run saves: a Megatron checkpoint of its last step, once it is done."""
+        return self.work / "trained" / run.name
+
     def _train(self, run: Run) -> Run:
-        save, data = self.work / "trained" / run.name, self.text()
+        save, data = self.trained(run), self.text()
         shutil.rmtree(save, ignore_errors=True)
         save.mkdir(parents=True)
         every = int(np.gcd.reduce(run.marks))
         settings = {
             "PYTHON": sys.executable, "OMP_NUM_THREADS": 1, "GPUS_PER_NODE": 1,
             "LOAD_PATH": run.start, "SAVE_PATH": save, "DATA_PATH": data / "train_text_document",
-            "VALID_DATA_PATH": data / VALIDATION, "TOKENIZER_MODEL": PARENT / "tokenizer.model",
-            "SEQ_LENGTH": SEQUENCE, "MICRO_BATCH_SIZE": BATCH, "GLOBAL_BATCH_SIZE": BATCH,
+            "VALID_DATA_PATH": data / VALIDATION, "TOKENIZER_MODEL": TOKENIZER,
+            "SEQ_LENGTH": self.sequence, "MICRO_BATCH_SIZE": self.batch, "GLOBAL_BATCH_SIZE": self.batch,
             "TRAIN_ITERS": run.steps, "LR": run.lr, "MIN_LR": run.lr / 10, "LR_WARMUP_ITERS": run.steps // 20,
             "SAVE_INTERVAL": every, "EVAL_INTERVAL": 10 * run.steps, "EVAL_ITERS": 0, "LOG_INTERVAL": 50,
         }  # fmt: skip
@@ -162,7 +185,8 @@ class Experiment:
             losses = {str(mark): self.evaluate(f"{run.key}@{mark}", save, mark) for mark in run.marks}
         self.keep(run.key, losses)
         for folder in save.glob("iter_*"):
-            shutil.rmtree(folder)
+            if folder.name != f"iter_{run.steps:07d}":
+                shutil.rmtree(folder)
         return run
 
 
