@@ -40,6 +40,7 @@ from megatron.pruning.arguments import (
     layout_from_flags,
     new_parser,
     run,
+    save_as_asked,
     say_source,
     set_vocabulary,
 )
@@ -194,21 +195,9 @@ def main(argv: Sequence[str]) -> None:
                 print(f"map:  {picture}")
         world.leave()
         return
-    save_checkpoint(
-        pruned,
-        args.save,
-        format=args.format,
-        layout=layout,
-        dtype=args.dtype,
-        transformer_impl=args.transformer_impl,
-        overwrite=args.overwrite,
-        texts={PLAN_FILE: plan_text},
-        world=world,
-    )
-    if world.rank == 0:
-        print(f"saved: {args.save} ({args.format}{f' {layout}' if args.format != 'hf' else ''})")
-        if args.format == "torch" and plan.prune_type == "unbalance" and layout.tensor > 1:
-            print("its shards may be uneven: merge or re-split them with scripts/transfer.sh before training")
+    save_as_asked(pruned, args, layout, world, texts={PLAN_FILE: plan_text})
+    if world.rank == 0 and args.format == "torch" and plan.prune_type == "unbalance" and layout.tensor > 1:
+        print("its shards may be uneven: merge or re-split them with scripts/transfer.sh before training")
     world.leave()
 
 

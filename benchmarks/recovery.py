@@ -34,13 +34,13 @@ class Family:
 FAMILIES = {
     # 2.4M parameters -> 1.3M, as many tokens as the embedded model had
     "tiny": Family({}, {"hidden_size": 128, "intermediate_size": 288, "num_hidden_layers": 6}, 256, 4, 1820 * 16 * 512),
-    # 101M -> 53M
+    # 102M -> 55M
     "100m": Family(
         {
             "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 12,
             "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 1024,
         },
-        {"hidden_size": 640, "intermediate_size": 1536, "num_hidden_layers": 12}, 1024, 32, 400_000_000,
+        {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 14}, 1024, 32, 100_000_000,
     ),
 }  # fmt: skip
 PRUNE_FLAGS = {
@@ -49,7 +49,7 @@ PRUNE_FLAGS = {
     "num_hidden_layers": "--num-layers-remain",
 }
 MARKS = (0.02, 0.05, 0.1)  # shares of the parent's tokens at which the pruned arms are measured; the last is all
-SCRATCH_MARKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+SCRATCH_MARKS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 SCRATCH = "from scratch"
 PRUNED = ("random, LM loss", "random, distillation", "activation, LM loss", "activation, distillation")
 PARENT = "the parent"  # one seed, at the learning rate from scratch
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--family", choices=tuple(FAMILIES), default="tiny")
     parser.add_argument("--parent", type=Path, metavar="DIR", help="prune this one; in a folder of its own")
     parser.add_argument("--text", type=Path, metavar="DIR", help="with train.jsonl and valid.jsonl")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a core each (default 2)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default 2); on a GPU: 1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED")
     parser.add_argument("--scale", type=float, default=1.0, help="of all token counts; below 1 only shows that it runs")
     parser.add_argument("--figures", type=Path, default=ROOT / "assets", metavar="DIR")
@@ -135,7 +135,7 @@ class Plan:
         for arm, seed in wanted:
             if arm == PARENT:
                 self.experiment.parent = self.experiment.trained(runs[arm, seed])
-        return {key: losses[run.name] for key, run in runs.items()}
+        return {key: {step: losses[run.name][step] for step in run.marks} for key, run in runs.items()}
 
 
 def tune(experiment: Experiment, arms: Sequence[str], run: Callable[[str, float], Run]) -> dict[str, float]:
@@ -161,7 +161,7 @@ def worth(loss: float, scratch: dict[int, list[float]]) -> str:
 
 def report(curves: dict[str, dict[int, list[float]]], rates: dict[str, float], parent: float) -> None:
     """Print one row for each arm, one column for each mark."""
-    marks = list(curves[SCRATCH])
+    marks = sorted({tokens for losses in curves.values() for tokens in losses})
     print(f"\nparent: {parent:.3f}; mean ± standard deviation over seeds\n")
     print("| | " + " | ".join(f"{tokens / 1e6:.2f}M" for tokens in marks) + " | learning rate | worth from scratch |")
     print("|---" * (len(marks) + 3) + "|")

@@ -6,14 +6,14 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from megatron.pruning.checkpoint import Checkpoint
 from megatron.pruning.config import FEATURE_ARGS, LLAMA_ARGS, LlamaConfig
-from megatron.pruning.formats import FORMATS
+from megatron.pruning.formats import FORMATS, save_checkpoint
 from megatron.pruning.layout import Layout
 from megatron.pruning.processes import World
 from megatron.pruning.views import BYTES
@@ -168,6 +168,29 @@ def say_source(source: Checkpoint) -> None:
             "padding or not; give --vocab-size",
             file=sys.stderr,
         )
+
+
+def save_as_asked(
+    checkpoint: Checkpoint,
+    args: argparse.Namespace,
+    layout: Layout,
+    world: World,
+    texts: Mapping[str, bytes] | None = None,
+) -> None:
+    """Save by the flags of `add_checkpoint_flags`, and print where. Raises ValueError as `save_checkpoint` does."""
+    save_checkpoint(
+        checkpoint,
+        args.save,
+        format=args.format,
+        layout=layout,
+        dtype=args.dtype,
+        transformer_impl=args.transformer_impl,
+        overwrite=args.overwrite,
+        texts=texts,
+        world=world,
+    )
+    if world.rank == 0:
+        print(f"saved: {args.save} ({args.format}{f' {layout}' if args.format != 'hf' else ''})")
 
 
 def add_layout_flags(parser: argparse.ArgumentParser) -> None:

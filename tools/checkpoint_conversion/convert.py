@@ -22,10 +22,11 @@ from megatron.pruning.arguments import (
     layout_from_flags,
     new_parser,
     run,
+    save_as_asked,
     say_source,
     set_vocabulary,
 )
-from megatron.pruning.formats import open_checkpoint, save_checkpoint
+from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.output import check_target
 from megatron.pruning.processes import World
 
@@ -48,18 +49,7 @@ def main(argv: Sequence[str]) -> None:
     world = World.from_environment()
     if world.rank == 0:
         say_source(source)
-    save_checkpoint(
-        source,
-        args.save,
-        format=args.format,
-        layout=layout,
-        dtype=args.dtype,
-        transformer_impl=args.transformer_impl,
-        overwrite=args.overwrite,
-        world=world,
-    )
-    if world.rank == 0:
-        print(f"saved: {args.save} ({args.format}{f' {layout}' if args.format != 'hf' else ''})")
+    save_as_asked(source, args, layout, world)
     world.leave()
 
 
