@@ -67,16 +67,24 @@ class Experiment:
         self.file = work / "results.json"
         self.results: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
+    def settle(self, settings: Mapping[str, object]) -> None:
+        """Note what this folder's results are of; what is there must be of the same. Ends the program if it is not."""
+        file, text = self.work / "settings.json", json.dumps(settings, indent=1, default=str) + "\n"
+        if (file.exists() and file.read_text() != text) or (self.results and not file.exists()):
+            raise SystemExit(f"error: {self.work} holds the results of other settings: give another --work-dir")
+        file.write_text(text)
+
     def text(self) -> Path:
         """Return the folder of the text as tokens: train_text_document and valid_text_document."""
         folder = self.work / "data"
         with self.lock:  # runs start side by side
             if not (folder / f"{VALIDATION}.idx").exists():
-                self._tokenize(self.source or folder, folder)
+                self._tokenize(folder)
         return folder
 
-    def _tokenize(self, source: Path, folder: Path) -> None:
-        if source == folder:
+    def _tokenize(self, folder: Path) -> None:
+        source = self.source or folder
+        if self.source is None:
             command("tools/make_tiny_llama.py", "--data-only", folder)
         for part in ("train", "valid"):
             command(

@@ -8,7 +8,8 @@ with the language-model loss and with distillation from the parent, each on a te
 trained on. The small shape starts from random weights, too, and gets all of them. Three seeds; the learning rate of
 each arm is tuned in shorter runs of its own, by factors of two until both neighbours of the best are worse (the parent
 takes that of the small shape). Prints the table for the READMEs, with how many tokens from scratch each arm is worth,
-and draws assets/loss.png and assets/loss_vs_scratch.png. With --parent, that checkpoint is pruned instead.
+and draws assets/loss.png and assets/loss_vs_scratch.png. With --parent, that checkpoint of the family's shape is pruned
+instead; the tokens are the family's.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from experiment import ROOT, Experiment, Run, mean_and_spread
 
 
@@ -55,6 +57,7 @@ PRUNED = ("random, LM loss", "random, distillation", "activation, LM loss", "act
 PARENT = "the parent"  # one seed, at the learning rate from scratch
 CONTROL = "the parent, trained on"  # one seed, at the learning rate of the first pruned arm
 FIRST_RATES = (1e-3, 2e-3)
+SETTINGS = ("family", "parent", "text", "scale")  # that a folder's results are of
 
 
 def main() -> None:
@@ -62,17 +65,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "recovery", metavar="DIR")
     parser.add_argument("--family", choices=tuple(FAMILIES), default="tiny")
-    parser.add_argument("--parent", type=Path, metavar="DIR", help="prune this one; in a folder of its own")
+    parser.add_argument("--parent", type=Path, metavar="DIR", help="prune this one")
     parser.add_argument("--text", type=Path, metavar="DIR", help="with train.jsonl and valid.jsonl")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default 2); on a GPU: 1")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default 2, on a GPU 1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED")
     parser.add_argument("--scale", type=float, default=1.0, help="of all token counts; below 1 only shows that it runs")
     parser.add_argument("--figures", type=Path, default=ROOT / "assets", metavar="DIR")
     args = parser.parse_args()
-    family = FAMILIES[args.family]
-    experiment = Experiment(args.work_dir.resolve(), args.jobs, args.parent, family.sequence, family.batch, args.text)
+    if args.family != "tiny" and args.text is None:
+        parser.error(f"--family {args.family} needs --text: the embedded model's has 3 million tokens")
+    family, first = FAMILIES[args.family], args.seeds[0]
+    jobs = args.jobs or (1 if torch.cuda.is_available() else 2)
+    experiment = Experiment(args.work_dir.resolve(), jobs, args.parent, family.sequence, family.batch, args.text)
+    experiment.settle({"first seed": first, **{name: getattr(args, name) for name in SETTINGS}})
     plan = Plan(experiment, family, args.scale)
-    first = args.seeds[0]
 
     rates = tune(experiment, (SCRATCH,), lambda arm, lr: plan.run(arm, first, lr, tuned=True))
     wanted = [(SCRATCH, seed) for seed in args.seeds]
@@ -80,6 +86,7 @@ def main() -> None:
         rates[PARENT] = rates[SCRATCH]
         wanted.insert(0, (PARENT, first))
     losses = plan.train(wanted, rates)
+    plan.compare_shapes(first)
     rates |= tune(experiment, PRUNED, lambda arm, lr: plan.run(arm, first, lr, tuned=True))
     rates[CONTROL] = rates[PRUNED[0]]
     losses |= plan.train([*((arm, seed) for arm in PRUNED for seed in args.seeds), (CONTROL, first)], rates)
@@ -125,6 +132,12 @@ class Plan:
             scores = ("--criterion", "activation", "--scores", experiment.scores())
             return experiment.prune("activation", *shape, *scores)
         return experiment.prune(f"random-{seed}", *shape, "--seed", seed)
+
+    def compare_shapes(self, seed: int) -> None:
+        """End the program where pruned models are not of the shape that starts from scratch."""
+        scratch, pruned = ((self.start(arm, seed) / "megatron_args.txt").read_text() for arm in (SCRATCH, PRUNED[0]))
+        if scratch != pruned:
+            raise SystemExit(f"error: pruned, the parent is not what starts from scratch:\n{pruned}\n{scratch}")
 
     def train(
         self, wanted: Sequence[tuple[str, int]], rates: Mapping[str, float]

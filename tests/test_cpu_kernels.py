@@ -90,6 +90,15 @@ def test_queries_keys_and_values(heads: int) -> None:
     [
         ({}, True),
         ({"kv_channels": 128}, False),
+        ({"kv_channels": 64, "seq_length": 1024}, True),
+        ({"kv_channels": 64, "seq_length": 1025}, False),
+        ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, False),
+        ({"recompute_granularity": "selective"}, True),
+        ({"no_rope_freq": [1]}, False),
+        ({"flash_decode": True}, False),
+        ({"attention_output_gate": True}, False),
+        ({"multi_latent_attention": True}, False),
+        ({"test_mode": True}, False),
         ({"num_query_groups": 1, "tensor_model_parallel_size": 2}, False),
         ({"qk_layernorm": True}, False),
         ({"rotary_interleaved": True}, False),
@@ -100,7 +109,9 @@ def test_queries_keys_and_values(heads: int) -> None:
 def test_what_is_rotated_by_small_products(change: dict[str, Any], fused: bool) -> None:
     flat: dict[str, Any] = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "num_query_groups": 2}
     given = flat | change
-    outside = {name: given.pop(name) for name in ("position_embedding_type", "rotary_percent") if name in given}
+    outside = {
+        name: given.pop(name) for name in ("position_embedding_type", "rotary_percent", "seq_length") if name in given
+    }
     model = GPTModelConfig(
         transformer=TransformerConfig(**given), vocab_size=8, **{"position_embedding_type": "rope", **outside}
     )

@@ -296,7 +296,7 @@ def test_checkpoint_or_flags_that_do_not_fit_are_refused_in_one_sentence(
         "no_heads": "Megatron refuses these flags",
         "warm_up": f"--lr-warmup-iters {STEPS} must be less than --train-iters {STEPS}",
         "warm_up_fraction": "--lr-warmup-fraction 1.0 must be less than 1",
-        "attention": "--attention-backend local needs --spec local: leave it out",
+        "attention": "--attention-backend local cannot be had in megatron-core 0.19: leave it out",
         "batch": "global batch size (3) is not divisible by micro batch size (2)",
         "no_flags": "these flags must be given: --seq-length --train-iters (or --train-samples) --lr --train-data-path",
         "no_data": "cannot be found at the path prefix absent",

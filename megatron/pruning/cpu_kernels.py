@@ -15,7 +15,9 @@ from megatron.core.transformer import attention
 from megatron.training.models import GPTModelConfig
 from torch import Tensor
 
-LARGEST_MATRIX = 64  # dims of a head up to which a rotation is a matrix product: beyond it has too many zeros
+# Up to which a rotation is a matrix product. A larger head's matrix has too many zeros, and all of a longer sequence's
+# fill the cache.
+LARGEST_HEAD, LARGEST_MATRICES = 64, 2**22
 
 _stock_rotation = rope_utils._apply_rotary_pos_emb_bshd
 _stock_linear = layers.linear_with_grad_accumulation_and_async_allreduce
@@ -47,7 +49,9 @@ def small_rotation(model: GPTModelConfig) -> bool:
     config = model.transformer
     return (
         (model.position_embedding_type, model.rotary_percent) == ("rope", 1.0)
-        and config.kv_channels <= LARGEST_MATRIX
+        and config.kv_channels <= LARGEST_HEAD
+        and model.seq_length * config.kv_channels**2 <= LARGEST_MATRICES
+        and config.recompute_granularity != "full"  # which would make the matrices anew in every layer
         and config.num_query_groups >= config.tensor_model_parallel_size
         and not (config.rotary_interleaved or config.qk_layernorm or config.no_rope_freq or config.flash_decode)
         and not (config.attention_output_gate or config.multi_latent_attention or config.test_mode)

@@ -59,16 +59,16 @@ def refuse_impossible(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a flag that must be given is not, the processes do not divide into model replicas, the learning
             rate's decay ends before its warm-up, a setting of distillation is out of its range, or an attention is
-            asked for that comes with layers of its own.
+            asked for that Megatron has not.
     """
     _refuse_missing(args)
     _refuse_layout(args)
     _refuse_warm_up(args)
     _refuse_distillation(args)
-    if args.attention_backend.name == "local" and (args.spec is None or args.spec[0] != "local"):
+    if args.attention_backend.name == "local":
         raise ValueError(
-            "--attention-backend local needs --spec local: leave it out for torch's attention, or give "
-            "--spec megatron.pruning.local_layers unfused_layers for Megatron's own"
+            "--attention-backend local cannot be had in megatron-core 0.19: leave it out, or give "
+            "--spec megatron.pruning.local_layers unfused_layers for Megatron's own attention"
         )
 
 
