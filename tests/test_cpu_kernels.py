@@ -90,8 +90,8 @@ def test_queries_keys_and_values(heads: int) -> None:
     [
         ({}, True),
         ({"kv_channels": 128}, False),
-        ({"kv_channels": 64, "seq_length": 1024}, True),
-        ({"kv_channels": 64, "seq_length": 1025}, False),
+        ({"kv_channels": 64, "sequence": 1024}, True),
+        ({"kv_channels": 64, "sequence": 1025}, False),
         ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, False),
         ({"recompute_granularity": "selective"}, True),
         ({"no_rope_freq": [1]}, False),
@@ -109,13 +109,11 @@ def test_queries_keys_and_values(heads: int) -> None:
 def test_what_is_rotated_by_small_products(change: dict[str, Any], fused: bool) -> None:
     flat: dict[str, Any] = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "num_query_groups": 2}
     given = flat | change
-    outside = {
-        name: given.pop(name) for name in ("position_embedding_type", "rotary_percent", "seq_length") if name in given
-    }
-    model = GPTModelConfig(
-        transformer=TransformerConfig(**given), vocab_size=8, **{"position_embedding_type": "rope", **outside}
-    )
-    assert cpu_kernels.small_rotation(model) is fused
+    sequence = given.pop("sequence", 8)
+    names = ("position_embedding_type", "rotary_percent")
+    outside = {"position_embedding_type": "rope"} | {name: given.pop(name) for name in names if name in given}
+    model = GPTModelConfig(transformer=TransformerConfig(**given), vocab_size=8, **outside)
+    assert cpu_kernels.small_rotation(model, sequence) is fused
 
 
 def test_largest_logits() -> None:
@@ -163,7 +161,7 @@ config = TransformerConfig(
 )
 model = GPTModelConfig(transformer=config, vocab_size=8, position_embedding_type="rope")
 for torch_attention in (False, True):
-    cpu_kernels.install(model, torch_attention)
+    cpu_kernels.install(model, 8, torch_attention)
     assert config.fused_single_qkv_rope is torch_attention
 optimizers.append(torch.optim.AdamW([weights[1]], weight_decay=0.1))
 assert [optimizer.param_groups[0]["fused"] for optimizer in optimizers] == [None, True]

@@ -23,16 +23,17 @@ _stock_rotation = rope_utils._apply_rotary_pos_emb_bshd
 _stock_linear = layers.linear_with_grad_accumulation_and_async_allreduce
 
 
-def install(model: GPTModelConfig, torch_attention: bool) -> None:
+def install(model: GPTModelConfig, sequence: int, torch_attention: bool) -> None:
     """Puts these in the place of Megatron's functions, and lets torch's Adam do all of a weight in one pass.
 
     Args:
         model: gets the settings that make Megatron call them.
+        sequence: tokens in one.
         torch_attention: whether the model's attention takes queries, keys and values of any layout.
     """
     config = model.transformer
     config.bias_activation_fusion = config.gated_linear_unit and config.activation_func == torch.nn.functional.silu
-    config.fused_single_qkv_rope = torch_attention and small_rotation(model)
+    config.fused_single_qkv_rope = torch_attention and small_rotation(model, sequence)
     if rope_utils._apply_rotary_pos_emb_bshd is rotate:
         return
     rope_utils._apply_rotary_pos_emb_bshd = rotate
@@ -44,13 +45,13 @@ def install(model: GPTModelConfig, torch_attention: bool) -> None:
         optimizer.__init__ = _fused(optimizer.__init__)  # type: ignore[method-assign]
 
 
-def small_rotation(model: GPTModelConfig) -> bool:
+def small_rotation(model: GPTModelConfig, sequence: int) -> bool:
     """Whether `split_and_rotate` does all that this model does between its projection and its attention."""
     config = model.transformer
     return (
         (model.position_embedding_type, model.rotary_percent) == ("rope", 1.0)
         and config.kv_channels <= LARGEST_HEAD
-        and model.seq_length * config.kv_channels**2 <= LARGEST_MATRICES
+        and sequence * config.kv_channels**2 <= LARGEST_MATRICES
         and config.recompute_granularity != "full"  # which would make the matrices anew in every layer
         and config.num_query_groups >= config.tensor_model_parallel_size
         and not (config.rotary_interleaved or config.qk_layernorm or config.no_rope_freq or config.flash_decode)

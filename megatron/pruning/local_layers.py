@@ -120,5 +120,5 @@ def gpt_config(args: argparse.Namespace) -> GPTModelConfig:
         config.transformer_layer_spec = local_layers
     if cpu_device.is_installed():
         cpu_device.adjust(config.transformer)
-        cpu_kernels.install(config, torch_attention=config.transformer_layer_spec is local_layers)
+        cpu_kernels.install(config, args.seq_length, config.transformer_layer_spec is local_layers)
     return config
