@@ -200,6 +200,7 @@ def figure(curves: dict[str, dict[int, list[float]]], parent: float, title: str,
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     canvas, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for arm, marks in curves.items():
@@ -208,6 +209,10 @@ def figure(curves: dict[str, dict[int, list[float]]], parent: float, title: str,
         axes.errorbar(tokens, [np.mean(values) for values in marks.values()], spread, marker="o", capsize=3, label=arm)
     axes.axhline(parent, color="0.5", linestyle="--", label="parent")
     axes.set(xlabel="million tokens", ylabel="validation loss (nats a token)", title=title, xscale=scale)
+    axes.margins(y=0.06)
+    if scale == "log":
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend()
     canvas.savefig(path, dpi=120)
