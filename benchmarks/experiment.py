@@ -38,6 +38,7 @@ class Run:
     seed: int
     marks: tuple[int, ...]  # steps at which the validation loss is measured; the last is `steps`
     flags: tuple[str, ...] = ()  # more of pretrain_gpt.py
+    keep: bool = False  # its last checkpoint stays
 
     @property
     def key(self) -> str:
@@ -166,7 +167,7 @@ class Experiment:
         return {run.name: {int(step): loss for step, loss in self.results[run.key].items()} for run in runs}
 
     def trained(self, run: Run) -> Path:
-        """Return where a run saves: a Megatron checkpoint of its last step, once it is done."""
+        """Return where a run saves: of one to be kept, a Megatron checkpoint of its last step, once it is done."""
         return self.work / "trained" / run.name
 
     def _train(self, run: Run) -> Run:
@@ -193,7 +194,7 @@ class Experiment:
             losses = {str(mark): self.evaluate(f"{run.key}@{mark}", save, mark) for mark in run.marks}
         self.keep(run.key, losses)
         for folder in save.glob("iter_*"):
-            if folder.name != f"iter_{run.steps:07d}":
+            if not (run.keep and folder.name == f"iter_{run.steps:07d}"):
                 shutil.rmtree(folder)
         return run
 

@@ -116,7 +116,9 @@ class Plan:
             marks = [marks[-1] // (10 if whole else 3)]
         flags = ("--teacher-load", str(self.experiment.parent)) if arm.endswith("distillation") else ()
         name = f"{'tune-' * tuned}{arm.replace(', ', '-').replace(' ', '_')}-{seed}" + f"-{lr:g}" * tuned
-        return Run(name, self.start(arm, seed), marks[-1], lr, seed, tuple(sorted(set(marks))), flags)
+        return Run(
+            name, self.start(arm, seed), marks[-1], lr, seed, tuple(sorted(set(marks))), flags, keep=arm == PARENT
+        )
 
     def start(self, arm: str, seed: int) -> Path:
         """Return the checkpoint that an arm starts from."""
