@@ -32,8 +32,8 @@ from typing import Any
 
 import torch
 
-from megatron.pruning import cpu_device
-from megatron.pruning.quiet import quiet_imports
+from megatron.pruning.training import cpu_device
+from megatron.pruning.training.quiet import quiet_imports
 
 cpu_device.install()  # before Megatron is imported
 
@@ -52,9 +52,15 @@ with quiet_imports():
     from megatron.training.global_vars import set_global_variables
     from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-    from megatron.pruning.local_layers import gpt_config
-    from megatron.pruning.strict_loading import carry_files, load_strictly, one_sentence, require_checkpoint, source_of
-    from megatron.pruning.training_flags import add_defaults, flags_refused, refuse_impossible, refuse_without_libraries
+    from megatron.pruning.training.flags import add_defaults, flags_refused, refuse_impossible, refuse_without_libraries
+    from megatron.pruning.training.local_layers import gpt_config
+    from megatron.pruning.training.strict_loading import (
+        carry_files,
+        load_strictly,
+        one_sentence,
+        require_checkpoint,
+        source_of,
+    )
 
 RANK_0_SPEAKS = 10.0  # seconds that the other ranks let it
 
@@ -74,7 +80,7 @@ def main() -> None:
     with flags_refused():
         model = gpt_config(args)
         if args.teacher_load:
-            from megatron.pruning.distillation import Distillation
+            from megatron.pruning.training.distillation import Distillation
 
             step = functools.partial(forward_step, distillation=Distillation(args, model))
 

@@ -29,34 +29,34 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.pruning import candidates
-from megatron.pruning.arguments import (
+from megatron.pruning.cli import candidates
+from megatron.pruning.cli.entry import is_first, run
+from megatron.pruning.cli.flags import (
     add_checkpoint_flags,
     add_layout_flags,
     add_megatron_flags,
     check_model_flags,
     hyphenated,
-    is_first,
     layout_from_flags,
     new_parser,
-    run,
     save_as_asked,
     say_source,
     set_vocabulary,
 )
-from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
-from megatron.pruning.config import hf_export_problem
-from megatron.pruning.flags_to_plan import SEED, decide, proposals
+from megatron.pruning.cli.pruning_flags import SEED, decide, proposals
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
-from megatron.pruning.layout import Layout
-from megatron.pruning.output import check_target, write_durably
-from megatron.pruning.plan import CRITERIA, LAYER_CRITERIA, PRUNE_TYPES
-from megatron.pruning.plan_figure import plan_figure
-from megatron.pruning.processes import World
-from megatron.pruning.pruned import Pruned
-from megatron.pruning.report import describe
-from megatron.pruning.shapes import Shape, describe_shapes
-from megatron.pruning.views import BYTES
+from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
+from megatron.pruning.model.hf_config import hf_export_problem
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.plan.figure import plan_figure
+from megatron.pruning.plan.plan import CRITERIA, LAYER_CRITERIA, PRUNE_TYPES
+from megatron.pruning.plan.pruned import Pruned
+from megatron.pruning.plan.report import describe
+from megatron.pruning.plan.shapes import Shape, describe_shapes
+from megatron.pruning.storage.output import check_target
+from megatron.pruning.storage.processes import World
+from megatron.pruning.storage.small_files import write_durably
+from megatron.pruning.storage.views import BYTES
 
 LEAST_TOKENS = 32_768  # that scores must come from
 

@@ -139,7 +139,7 @@ class Experiment:
             from evaluate import build, loss
 
             from megatron.pruning.formats import open_checkpoint
-            from megatron.pruning.text import windows
+            from megatron.pruning.training.tokens import windows
 
             torch.set_num_threads(1)
             opened = open_checkpoint(checkpoint, iteration)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron.pruning.checkpoint import PLAN_FILE
-from megatron.pruning.plan import Plan
+from megatron.pruning.model.checkpoint import PLAN_FILE
+from megatron.pruning.plan.plan import Plan
 
 RANK_FILE = "release/mp_rank_00/model_optim_rng.pt"
 PLAIN = ("model.embed_tokens", "model.norm", "lm_head")

@@ -32,11 +32,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.pruning.config import LlamaConfig, config_to_hf
-from megatron.pruning.hf_format import as_json
-from megatron.pruning.safetensors_file import SafetensorsFile
-from megatron.pruning.table import all_weights, weight_shape
-from megatron.pruning.views import Bits, Index, View
+from megatron.pruning.model.config import LlamaConfig
+from megatron.pruning.model.hf_config import config_to_hf
+from megatron.pruning.model.weights import all_weights, weight_shape
+from megatron.pruning.storage.safetensors_file import SafetensorsFile
+from megatron.pruning.storage.small_files import as_json
+from megatron.pruning.storage.views import Bits, Index, View
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).with_name("peers.py")
@@ -129,7 +130,7 @@ class Noise(View):
 
 def make_hf(path: Path, config: LlamaConfig, sparse: bool) -> None:
     """Write a Hugging Face checkpoint of random bits, or of the zeros of a sparse file."""
-    from megatron.pruning.output import Progress
+    from megatron.pruning.storage.progress import Progress
 
     path.mkdir(parents=True)
     (path / "config.json").write_bytes(as_json(config_to_hf(config, "bf16")))

@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
-from megatron.pruning.layout import Layout
-from megatron.pruning.quiet import quiet_imports
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.training.quiet import quiet_imports
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3  # steps that are not timed
@@ -60,7 +60,7 @@ SHAPES = {  # of random weights
         max_position_embeddings=4096,
     ),
 }
-UNFUSED = "--transformer-impl local --spec megatron.pruning.local_layers unfused_layers"
+UNFUSED = "--transformer-impl local --spec megatron.pruning.training.local_layers unfused_layers"
 ARMS = {"pretrain_gpt.py": "", "pretrain_gpt.py, unfused attention": UNFUSED, "transformers Trainer": None}
 
 

@@ -39,13 +39,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from megatron.pruning import dist_format
-from megatron.pruning.checkpoint import Checkpoint
-from megatron.pruning.config import LlamaConfig, config_from_hf
-from megatron.pruning.formats import FORMATS, open_checkpoint, save_checkpoint
-from megatron.pruning.layout import Layout
-from megatron.pruning.table import all_weights, weight_shape
-from megatron.pruning.views import read_all
+from megatron.pruning.formats import FORMATS, megatron_dist, open_checkpoint, save_checkpoint
+from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.model.config import LlamaConfig
+from megatron.pruning.model.hf_config import config_from_hf
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.model.weights import all_weights, weight_shape
+from megatron.pruning.storage.views import read_all
 
 SECONDS = 20  # a case takes 0.05
 MEGABYTES = 300  # that a case may add; its files have 100 kB
@@ -106,11 +106,11 @@ def make_bases(top: Path) -> dict[str, Path]:
             target = bases[f"{name} torch {tensor} {pipeline}"] = top / name / f"torch{tensor}{pipeline}"
             convert(one, target, layout=Layout(tensor, pipeline, 4), transformer_impl=impl)
         bases[f"{name} torch_dist"] = top / name / "dist"
-        whole, dist_format.SHARD_BYTES = dist_format.SHARD_BYTES, 4000  # so that there are several files
+        whole, megatron_dist.SHARD_BYTES = megatron_dist.SHARD_BYTES, 4000  # so that there are several files
         try:
             convert(one, bases[f"{name} torch_dist"], "torch_dist", layout=Layout(vocab_divisor=4))
         finally:
-            dist_format.SHARD_BYTES = whole
+            megatron_dist.SHARD_BYTES = whole
     return bases
 
 

@@ -8,7 +8,7 @@ JOBS.results.
 """
 # ruff: noqa: E402 - the stand-in for the device must be in place before Megatron is imported
 
-from megatron.pruning import cpu_device
+from megatron.pruning.training import cpu_device
 
 cpu_device.install()
 

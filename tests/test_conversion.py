@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, LlamaForCausalLM
 
-from megatron.pruning.config import config_from_hf, config_to_hf
-from megatron.pruning.dist_file import Chunk, Entry
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
-from megatron.pruning.hf_format import hf_output, read_hf_config
-from megatron.pruning.layout import Layout
-from megatron.pruning.output import write_files
-from megatron.pruning.processes import World
+from megatron.pruning.formats.huggingface import hf_output, read_hf_config
+from megatron.pruning.model.hf_config import config_from_hf, config_to_hf
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.storage.dcp_file import Chunk, Entry
+from megatron.pruning.storage.output import write_files
+from megatron.pruning.storage.processes import World
 
 LAYOUTS = [(tensor, pipeline) for tensor in (1, 2, 4) for pipeline in (1, 2)]
 STOCK_LAYOUTS = [layout for layout in LAYOUTS if layout != (4, 2)]  # at most 4 ranks to launch

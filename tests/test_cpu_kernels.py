@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models import GPTModelConfig
 from torch import Tensor
 
-from megatron.pruning import cpu_kernels
+from megatron.pruning.training import cpu_kernels
 
 
 def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:

@@ -14,7 +14,7 @@ from stock_loop import Run, StockLoop
 from transformers import AutoModelForCausalLM
 
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
-from megatron.pruning.layout import Layout
+from megatron.pruning.model.layout import Layout
 
 VOCABULARY, PADDED, SEQUENCE, EOD = 101, 128, 32, 100
 TRAINING = (
@@ -49,7 +49,7 @@ MASK = torch.tensor([[1.0, 0.0, 1.0]] * TOKENS[0])
 
 def divergence_of_rank(rank: int, ranks: int, store: str, answers: Any) -> None:
     """Be one of the tensor-parallel ranks: put each case's divergence and this rank's gradient into `answers`."""
-    from megatron.pruning.distillation import VocabParallelKL
+    from megatron.pruning.training.distillation import VocabParallelKL
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
@@ -69,7 +69,7 @@ def divergence_of_rank(rank: int, ranks: int, store: str, answers: Any) -> None:
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def divergences(request: pytest.FixtureRequest) -> list[dict[str, tuple[Any, Any]]]:
     """What each of the ranks found."""
-    import megatron.pruning.distillation  # noqa: F401 - once, before the forks
+    import megatron.pruning.training.distillation  # noqa: F401 - once, before the forks
 
     fork, ranks = multiprocessing.get_context("fork"), request.param
     answers = fork.Queue()

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, hf_logits, make_llama
 
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
-from megatron.pruning.layout import Layout
+from megatron.pruning.model.layout import Layout
 
 TINY = ROOT / "assets/tiny-llama"
 TASK = """

@@ -27,8 +27,8 @@ import pytest
 import torch
 from fuzz_checkpoints import convert, make_base, time_limit
 
-from megatron.pruning import output
-from megatron.pruning.layout import Layout
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.storage import output
 
 ROOT = Path(__file__).resolve().parents[1]
 CONVERT, PRUNE = str(ROOT / "tools/checkpoint_conversion/convert.py"), str(ROOT / "prune_llama.py")

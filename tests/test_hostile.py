@@ -23,9 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_refusals import rank, rewritten, set_config
 
-from megatron.pruning import pickled_data
-from megatron.pruning.layout import Layout
-from megatron.pruning.pickled_data import read_pickle
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.storage import pickles
+from megatron.pruning.storage.pickles import read_pickle
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -375,7 +375,7 @@ def test_two_tensors_in_one_place_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_pickle_of_endless_opcodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickled_data, "_MAX_OPCODES", 1000)
+    monkeypatch.setattr(pickles, "_MAX_OPCODES", 1000)
     with pytest.raises(ValueError, match="more than 1,000 opcodes"):
         read_pickle(b"]" * 1000 + b".", {})
 

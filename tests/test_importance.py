@@ -9,9 +9,9 @@ from conftest import make_llama, tensors
 from test_conversion import convert
 from test_pruning import plan_of, prune
 
-from megatron.pruning.choose import spaced_layers
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.importance import magnitude
+from megatron.pruning.plan.choose import spaced_layers
+from megatron.pruning.plan.magnitude import magnitude
 
 
 @pytest.mark.parametrize("shape,groups,heads,head_dim", [("gqa", 4, 8, 6), ("mha", 4, 4, 16), ("qwen2", 4, 8, 6)])

@@ -18,13 +18,14 @@ from conftest import ROOT, SHAPES, make_llama, tensors
 from safetensors.torch import load_file, save_file
 from test_conversion import convert
 
-from megatron.pruning.config import config_from_hf, config_to_args, config_to_hf
-from megatron.pruning.dist_file import DistFile, Piece, metadata_bytes, object_bytes
-from megatron.pruning.dist_format import dist_output
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
-from megatron.pruning.layout import Layout
-from megatron.pruning.output import write_files
-from megatron.pruning.processes import World
+from megatron.pruning.formats.megatron_dist import dist_output
+from megatron.pruning.model.hf_config import config_from_hf, config_to_hf
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.model.megatron_args import config_to_args
+from megatron.pruning.storage.dcp_file import DistFile, Piece, metadata_bytes, object_bytes
+from megatron.pruning.storage.output import write_files
+from megatron.pruning.storage.processes import World
 
 Content = dict[str, Any]
 

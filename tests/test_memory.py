@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from megatron.pruning.config import LlamaConfig, config_to_hf
-from megatron.pruning.safetensors_file import SafetensorsFile
-from megatron.pruning.table import all_weights, weight_shape
-from megatron.pruning.views import Bits, Index, View
+from megatron.pruning.model.config import LlamaConfig
+from megatron.pruning.model.hf_config import config_to_hf
+from megatron.pruning.model.weights import all_weights, weight_shape
+from megatron.pruning.storage.safetensors_file import SafetensorsFile
+from megatron.pruning.storage.views import Bits, Index, View
 
 SIZE_1B = LlamaConfig(
     num_layers=22, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=32, num_query_groups=4, head_dim=64,

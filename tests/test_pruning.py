@@ -16,12 +16,13 @@ from test_conversion import convert, same_tree
 from transformers import AutoModelForCausalLM
 
 import prune_llama
-from megatron.pruning.choose import best, random_criterion
-from megatron.pruning.decide import Target, make_plan
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.layout import Layout
-from megatron.pruning.plan import Plan, fingerprint, from_ranges, to_ranges
-from megatron.pruning.table import TABLE, split_dim
+from megatron.pruning.model.checkpoint import fingerprint
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.model.weights import TABLE, split_dim
+from megatron.pruning.plan.choose import best, random_criterion
+from megatron.pruning.plan.decide import Target, make_plan
+from megatron.pruning.plan.plan import Plan, from_ranges, to_ranges
 
 WIDTHS = {  # what remains of each shape of conftest.py: every axis but the hidden size, which comes apart
     "mha": ["--num-attention-heads-remain=2", "--ffn-hidden-size-remain=40"],

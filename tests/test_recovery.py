@@ -13,7 +13,7 @@ from conftest import ROOT, hf_logits, make_llama
 from test_conversion import convert
 from test_pruning import prune
 
-from megatron.pruning.layout import Layout
+from megatron.pruning.model.layout import Layout
 
 SEQUENCE = 32
 PRUNED = ["--hidden-size-remain=32", "--num-attention-heads-remain=4", "--ffn-hidden-size-remain=40"]

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from test_conversion import convert
 
 import prune_llama
-from megatron.pruning import output
-from megatron.pruning.arguments import hyphenated, megatron_flags
+from megatron.pruning.cli.flags import hyphenated, megatron_flags
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.views import File, Stored
+from megatron.pruning.storage import output
+from megatron.pruning.storage.views import File, Stored
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from test_conversion import convert
 from test_pruning import plan_of, prune
 from transformers import AutoModelForCausalLM
 
-from megatron.pruning.calibration import Calibration, read, shapes, write
-from megatron.pruning.decide import _norm_gains
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.plan import fingerprint
-from megatron.pruning.text import windows
+from megatron.pruning.model.checkpoint import fingerprint
+from megatron.pruning.plan.decide import _norm_gains
+from megatron.pruning.plan.scores import Calibration, read, shapes, write
+from megatron.pruning.training.tokens import windows
 
 LENGTH, SEQUENCES, LAYERS, LOSSES = 24, 5, 4, 3
 VOCABULARY = 128  # a multiple of the divisor: no padding, which would take part in Megatron's softmax

@@ -10,9 +10,9 @@ from conftest import ROOT, make_llama
 from test_pruning import plan_of, prune
 from test_recovery import run
 
-from megatron.pruning.config import LlamaConfig
-from megatron.pruning.layout import Layout
-from megatron.pruning.shapes import parse_bytes, parse_count, propose
+from megatron.pruning.model.config import LlamaConfig
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.plan.shapes import parse_bytes, parse_count, propose
 
 LLAMA_2_7B = LlamaConfig(32, 4096, 11008, 32, 32, 128, 32000)
 LLAMA_3_8B = LlamaConfig(32, 4096, 14336, 32, 8, 128, 128256)

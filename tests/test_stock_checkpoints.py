@@ -22,7 +22,7 @@ from conftest import ROOT, hf_logits, tensors
 from test_pruning import plan_of, prune, sliced
 
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
-from megatron.pruning.layout import Layout
+from megatron.pruning.model.layout import Layout
 
 STEPS, SAVED, SEQUENCE, VOCABULARY, DIVISOR = 3, 2, 64, 128, 32
 EXACT = 1e-5

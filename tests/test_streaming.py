@@ -25,14 +25,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import peers, streaming
-from megatron.pruning import filling
-from megatron.pruning.dist_file import read_metadata
-from megatron.pruning.filling import Segment, fill, finish
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
-from megatron.pruning.layout import Layout
-from megatron.pruning.manifest import MANIFEST, Digest, manifest_bytes, read_manifest, verify
-from megatron.pruning.torch_archive import archive, tensor
-from megatron.pruning.views import (
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.storage import direct_write
+from megatron.pruning.storage.dcp_file import read_metadata
+from megatron.pruning.storage.direct_write import Segment, fill, finish
+from megatron.pruning.storage.manifest import MANIFEST, Digest, manifest_bytes, read_manifest, verify
+from megatron.pruning.storage.torch_writer import archive, tensor
+from megatron.pruning.storage.views import (
     BITS,
     BLOCK_BYTES,
     BYTES,
@@ -187,7 +187,7 @@ def no_direct_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int, direct: bool) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(filling, "_set_direct", refuse)
+    monkeypatch.setattr(direct_write, "_set_direct", refuse)
 
 
 def direct_writes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,17 +195,19 @@ def direct_writes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.pwrite
 
     def refuse(descriptor: int, data: memoryview, offset: int) -> int:
-        if filling.fcntl.fcntl(descriptor, filling.fcntl.F_GETFL) & os.O_DIRECT:
+        if direct_write.fcntl.fcntl(descriptor, direct_write.fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return write(descriptor, data, offset)
 
-    monkeypatch.setattr(filling.os, "pwrite", refuse)
+    monkeypatch.setattr(direct_write.os, "pwrite", refuse)
 
 
 def short_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The file system writes a page at a time."""
     write = os.pwrite
-    monkeypatch.setattr(filling.os, "pwrite", lambda descriptor, data, offset: write(descriptor, data[:4096], offset))
+    monkeypatch.setattr(
+        direct_write.os, "pwrite", lambda descriptor, data, offset: write(descriptor, data[:4096], offset)
+    )
 
 
 @pytest.mark.parametrize("system", [lambda _: None, no_direct_writes, direct_writes_fail, short_writes])
@@ -214,7 +216,7 @@ def test_every_byte_lands_in_its_place(tmp_path: Path, monkeypatch: pytest.Monke
     views = [random_view(1001, 777), random_view(3), random_view(7, 5, dtype="fp32"), random_view(2, 700_001)]
     laid = segments(b"head", views[0], b"", b"between", *views[1:3], b"x" * 5000, views[3], b"tail")
     wanted = [part.content if isinstance(part.content, bytes) else part.content.bits.tobytes() for part in laid]
-    monkeypatch.setattr(filling, "EXTENT_BYTES", 1 << 20)
+    monkeypatch.setattr(direct_write, "EXTENT_BYTES", 1 << 20)
     assert laid[-1].stop > 4 << 20
     told: list[int] = []
     digests = fill(tmp_path / "file", laid, told.append)
@@ -251,7 +253,7 @@ def test_a_full_disk_is_said_of_the_file_that_does_not_fit(tmp_path: Path, monke
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(filling.os, "pwrite", full)
+    monkeypatch.setattr(direct_write.os, "pwrite", full)
     with pytest.raises(OSError, match="No space left") as failure:
         fill(tmp_path / "file", segments(random_view(10, 10)), lambda _: None)
     assert failure.value.filename == str(tmp_path / "file")

@@ -135,7 +135,7 @@ def test_layouts_continue_the_same_training(
     )
 
 
-UNFUSED = "--spec megatron.pruning.local_layers unfused_layers"
+UNFUSED = "--spec megatron.pruning.training.local_layers unfused_layers"
 
 
 @pytest.mark.parametrize("heads", ["with groups", "large, without"])
@@ -184,7 +184,7 @@ def test_norms_named_as_transformer_engine_does_resume_bitwise(
 
 
 def test_local_norms_load_into_layers_of_transformer_engine() -> None:
-    from megatron.pruning.strict_loading import _with_norms_named_as_in
+    from megatron.pruning.training.strict_loading import _with_norms_named_as_in
 
     theirs = {f"decoder.layers.{n}.self_attention.linear_qkv.layer_norm_weight": n for n in (0, 11)}
     theirs |= {f"decoder.layers.{n}.mlp.linear_fc1.layer_norm_weight": n for n in (0, 11)}

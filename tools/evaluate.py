@@ -25,12 +25,13 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from megatron.pruning.arguments import hyphenated, new_parser, positive, run
-from megatron.pruning.checkpoint import Checkpoint
-from megatron.pruning.config import config_to_hf, hf_export_problem
+from megatron.pruning.cli.entry import run
+from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.text import windows
-from megatron.pruning.views import TORCH_NAMES, cast, read_all
+from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.model.hf_config import config_to_hf, hf_export_problem
+from megatron.pruning.storage.views import TORCH_NAMES, cast, read_all
+from megatron.pruning.training.tokens import windows
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron.pruning.arguments import hyphenated, new_parser, run
+from megatron.pruning.cli.entry import run
+from megatron.pruning.cli.flags import hyphenated, new_parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -25,7 +25,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from megatron.pruning.arguments import hyphenated, new_parser, run
+from megatron.pruning.cli.entry import run
+from megatron.pruning.cli.flags import hyphenated, new_parser
 
 # Megatron's TensorBoard tags: by iteration, and by sample (for the number of tokens).
 TRAIN, VALIDATION = "lm loss", "lm loss validation"

@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron.pruning.arguments import hyphenated, new_parser, run
-from megatron.pruning.output import Progress
-from megatron.pruning.quiet import quiet_imports
+from megatron.pruning.cli.entry import run
+from megatron.pruning.cli.flags import hyphenated, new_parser
+from megatron.pruning.storage.progress import Progress
+from megatron.pruning.training.quiet import quiet_imports
 
 TOKENIZER_TYPES = (
     "Llama2Tokenizer SentencePieceTokenizer GPTSentencePieceTokenizer HuggingFaceTokenizer GPT2BPETokenizer "

@@ -25,20 +25,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from megatron.pruning import cpu_device
-from megatron.pruning.arguments import hyphenated, is_first, natural, new_parser, positive, run
-from megatron.pruning.calibration import AXES, Calibration, read, shapes, write
-from megatron.pruning.checkpoint import Checkpoint
+from megatron.pruning.cli.entry import is_first, run
+from megatron.pruning.cli.flags import hyphenated, natural, new_parser, positive
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.layout import Layout
-from megatron.pruning.output import Progress
-from megatron.pruning.plan import fingerprint
-from megatron.pruning.quiet import quiet_imports
-from megatron.pruning.text import Tokens, windows
-from megatron.pruning.views import TORCH_NAMES
+from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.plan.scores import AXES, Calibration, read, shapes, write
+from megatron.pruning.storage.progress import Progress
+from megatron.pruning.storage.views import TORCH_NAMES
+from megatron.pruning.training import cpu_device
+from megatron.pruning.training.quiet import quiet_imports
+from megatron.pruning.training.tokens import Tokens, windows
 
 if TYPE_CHECKING:
-    from megatron.pruning.activations import Recorder
+    from megatron.pruning.training.record_scores import Recorder
 
 SAVE_SECONDS = 30.0  # about so much work is lost by an interruption
 LONGEST = 4096  # tokens of a sequence, unless asked for
@@ -99,8 +99,8 @@ def main(argv: Sequence[str]) -> None:
     with quiet_imports():
         from megatron.core import parallel_state
 
-        from megatron.pruning.activations import Recorder
-        from megatron.pruning.stock_model import build, join
+        from megatron.pruning.training.record_scores import Recorder
+        from megatron.pruning.training.stock_model import build, join
 
     join(layout)
     dtype = args.dtype or ("fp32" if cpu_device.is_installed() else "bf16")
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
 
 def nothing_yet(checkpoint: Checkpoint, text: Tokens, loss_sequences: int, dtype: str) -> Calibration:
     """Return the sums over no sequence of `text` at all."""
-    from megatron.pruning.activations import POSITIONS
+    from megatron.pruning.training.record_scores import POSITIONS
 
     sizes, length = {axis: checkpoint.config.sizes[axis] for axis in AXES}, text.shape[1] - 1
     return Calibration(

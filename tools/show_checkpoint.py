@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.pruning.arguments import new_parser, run
-from megatron.pruning.checkpoint import PLAN_FILE, Checkpoint
+from megatron.pruning.cli.entry import run
+from megatron.pruning.cli.flags import new_parser
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.manifest import MANIFEST, read_manifest, verify
-from megatron.pruning.output import Progress
-from megatron.pruning.views import View, blocks, cast
+from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
+from megatron.pruning.storage.manifest import MANIFEST, read_manifest, verify
+from megatron.pruning.storage.progress import Progress
+from megatron.pruning.storage.views import View, blocks, cast
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -15,20 +15,20 @@ The format of --load is detected. Tokenizer files travel along.
 import argparse
 from collections.abc import Sequence
 
-from megatron.pruning.arguments import (
+from megatron.pruning.cli.entry import run
+from megatron.pruning.cli.flags import (
     add_checkpoint_flags,
     add_layout_flags,
     hyphenated,
     layout_from_flags,
     new_parser,
-    run,
     save_as_asked,
     say_source,
     set_vocabulary,
 )
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.output import check_target
-from megatron.pruning.processes import World
+from megatron.pruning.storage.output import check_target
+from megatron.pruning.storage.processes import World
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

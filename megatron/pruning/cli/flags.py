@@ -1,0 +1,214 @@
+"""What the entry points share on the command line: two spellings of a flag, Megatron's flags, errors in a sentence."""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.pruning.formats import FORMATS, save_checkpoint
+from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.model.config import LlamaConfig
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.model.megatron_args import FEATURE_ARGS, LLAMA_ARGS
+from megatron.pruning.storage.processes import World
+from megatron.pruning.storage.views import BYTES
+
+_FLAGS_FILE = Path(__file__).with_name("megatron_flags.txt")
+
+
+def new_parser(prog: str, doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with a script's docstring and that takes no abbreviated flag."""
+    return argparse.ArgumentParser(
+        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def positive(text: str) -> int:
+    """Read a number of at least 1."""
+    if (value := natural(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return value
+
+
+def natural(text: str) -> int:
+    """Read a number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def hyphenated(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with the flags' underscores turned into hyphens, so that both spellings work; values stay."""
+    return [_hyphenated_flag(word) if word.startswith("--") else word for word in argv]
+
+
+def _hyphenated_flag(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+@functools.cache
+def megatron_flags() -> dict[str, str]:
+    """Return Megatron's flags (hyphenated, with `--`) and the number of values of each: 0, 1, 3, + or *."""
+    lines = _FLAGS_FILE.read_text(encoding="utf-8").splitlines()
+    return {f"--{flag}": arity for arity, flag in (line.split() for line in lines if not line.startswith("#"))}
+
+
+def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
+    """Let `parser` accept every Megatron flag that it does not define itself; `--help` does not list them."""
+    for flag, arity in megatron_flags().items():
+        if flag in parser._option_string_actions:
+            continue
+        if arity == "0":
+            parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+        else:
+            nargs = {"1": None}.get(arity, int(arity) if arity.isdigit() else arity)
+            parser.add_argument(flag, nargs=nargs, help=argparse.SUPPRESS)
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a source and a target checkpoint."""
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--load", type=Path, required=True, metavar="DIR", help="source: Hugging Face or Megatron")
+    group.add_argument("--iteration", type=int, metavar="N", help="of a Megatron source (default: the latest)")
+    group.add_argument("--save", type=Path, required=True, metavar="DIR", help="target")
+    group.add_argument("--vocab-size", metavar="N", help="without padding, for a Megatron source that does not say it")
+    group.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --save")
+    group.add_argument("--format", choices=FORMATS, default="torch", help="of --save (default: Megatron's torch)")
+    group.add_argument("--dtype", choices=tuple(BYTES), help="of --save (default: each tensor's own)")
+    group.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        help="whose layers will load a torch checkpoint: they name the norms differently (default: as the source)",
+    )
+
+
+def set_vocabulary(source: Checkpoint, args: argparse.Namespace) -> None:
+    """Give a source that does not know its vocabulary the one of --vocab-size.
+
+    Raises ValueError when the source knows another, or has fewer rows.
+    """
+    if args.vocab_size is None:
+        return
+    size, rows = int(_number("vocab_size", args.vocab_size)), source.config.vocab_size
+    if source.vocab_is_known and size != rows:
+        raise ValueError(f"--vocab-size {size} disagrees with {source.path}, whose model has {rows}")
+    if not 1 <= size <= rows:
+        raise ValueError(f"--vocab-size {size} must lie between 1 and the {rows} rows of {source.path}")
+    source.config = dataclasses.replace(source.config, vocab_size=size)
+    source.vocab_is_known = True
+
+
+def say_source(source: Checkpoint) -> None:
+    """Print what the source is, and what of it is left behind."""
+    print(f"source: {source}", flush=True)
+    if source.has_optimizer:
+        print("note: the optimizer state of the source is not carried on: training starts with a fresh one")
+    if not source.vocab_is_known:
+        print(
+            f"warning: the source does not say its vocabulary: all {source.config.vocab_size} rows are kept, "
+            "padding or not; give --vocab-size",
+            file=sys.stderr,
+        )
+
+
+def save_as_asked(
+    checkpoint: Checkpoint,
+    args: argparse.Namespace,
+    layout: Layout,
+    world: World,
+    texts: Mapping[str, bytes] | None = None,
+) -> None:
+    """Save by the flags of `add_checkpoint_flags`, and print where. Raises ValueError as `save_checkpoint` does."""
+    save_checkpoint(
+        checkpoint,
+        args.save,
+        format=args.format,
+        layout=layout,
+        dtype=args.dtype,
+        transformer_impl=args.transformer_impl,
+        overwrite=args.overwrite,
+        texts=texts,
+        world=world,
+    )
+    if world.rank == 0:
+        print(f"saved: {args.save} ({args.format}{f' {layout}' if args.format != 'hf' else ''})")
+
+
+def add_layout_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name the target's layout; left out, the source's layout is kept."""
+    group = parser.add_argument_group(
+        "layout of the target", "left out: the source's, or 1 x 1 for a Hugging Face source"
+    )
+    group.add_argument("--tensor-model-parallel-size", type=int, metavar="N", help="tensor-parallel ranks")
+    group.add_argument("--pipeline-model-parallel-size", type=int, metavar="M", help="pipeline-parallel ranks")
+    group.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        metavar="D",
+        help="the padded vocabulary is a multiple of D * N (default 128)",
+    )
+
+
+def layout_from_flags(args: argparse.Namespace, source: Layout | None) -> Layout:
+    """Return the target's layout. Raises ValueError for a size below 1."""
+    default = Layout() if source is None or args.format == "hf" else source
+    return Layout(
+        default.tensor if args.tensor_model_parallel_size is None else args.tensor_model_parallel_size,
+        default.pipeline if args.pipeline_model_parallel_size is None else args.pipeline_model_parallel_size,
+        default.vocab_divisor if args.make_vocab_size_divisible_by is None else args.make_vocab_size_divisible_by,
+    )
+
+
+def check_model_flags(args: argparse.Namespace, config: LlamaConfig, layout: Layout, where: Path) -> None:
+    """Raise ValueError where a Megatron flag that describes the model disagrees with the checkpoint."""
+    wanted: dict[str, Any] = {
+        **LLAMA_ARGS,
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "kv_channels": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "norm_epsilon": config.norm_epsilon,
+        "layernorm_epsilon": config.norm_epsilon,
+        "rotary_base": config.rope_theta,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": layout.padded_vocab(config.vocab_size),
+        "untie_embeddings_and_output_weights": not config.tied,
+        "use_rope_scaling": config.rope_scaling is not None,
+        **{arg: feature in config.features for feature, arg in FEATURE_ARGS.items()},
+        # Megatron heeds the groups only with --group-query-attention, and then takes 1 for granted.
+        "num_query_groups": config.num_query_groups,
+    }
+    given = {name: getattr(args, name, None) for name in wanted}
+    if args.use_rope_scaling and config.rope_scaling is not None:
+        wanted["rope_scaling_factor"] = config.rope_scaling.get("factor")
+        given["rope_scaling_factor"] = args.rope_scaling_factor or "8.0"
+    if args.group_query_attention:
+        given["num_query_groups"] = args.num_query_groups or "1"
+    else:
+        given["num_query_groups"] = None
+    for name, value in given.items():
+        if value in (None, False) or value == wanted[name]:
+            continue
+        if value is True or isinstance(wanted[name], str | None) or _number(name, value) != wanted[name]:
+            shown = "" if value is True else f" {value}"
+            raise ValueError(f"{_flag(name)}{shown} disagrees with {where}, whose model has {wanted[name]}")
+    for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+        if getattr(args, name, None) is not None:
+            raise ValueError(f"{_flag(name)}: checkpoints of a virtual pipeline are not written; leave it out")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{_flag(name)} {text}: not a number") from None

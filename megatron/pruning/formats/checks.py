@@ -1,0 +1,32 @@
+"""What every format checks of the tensors that it finds."""
+
+import itertools
+from collections.abc import Iterable
+
+from megatron.pruning.storage.views import Stored, View
+
+
+def check_tensor(where: str, key: str, view: View, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless a stored tensor has the shape that the config implies."""
+    if view.shape != expected:
+        raise ValueError(f"{where}: {key} has shape {view.shape}, but the model's config implies {expected}")
+
+
+def check_apart(tensors: Iterable[tuple[str, View]]) -> None:
+    """Raise ValueError when two of the tensors that lie in files share bytes: an offset is wrong then."""
+    places = [
+        (str(view.file.path), view.offset, view.offset + view.nbytes, key)
+        for key, view in tensors
+        if isinstance(view, Stored)
+    ]
+    for before, after in itertools.pairwise(sorted(places)):
+        if before[0] == after[0] and after[1] < before[2]:
+            raise ValueError(f"{before[0]}: {before[3]} and {after[3]} share bytes from {after[1]} on")
+
+
+def check_keys(where: str, found: set[str], expected: set[str]) -> None:
+    """Raise ValueError, naming a few, when tensors are missing or unexpected."""
+    for problem, keys in (("lacks", expected - found), ("holds unexpected", found - expected)):
+        if keys:
+            names = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ValueError(f"{where} {problem} tensors: {names}")

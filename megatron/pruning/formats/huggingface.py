@@ -1,0 +1,131 @@
+"""Hugging Face checkpoints: a directory of config.json, safetensors (or the older pytorch_model .bin) and tokenizer."""
+
+import re
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor
+from megatron.pruning.model.checkpoint import Checkpoint, carried_files_of
+from megatron.pruning.model.config import LlamaConfig
+from megatron.pruning.model.hf_config import config_from_hf, config_to_hf, hf_export_problem
+from megatron.pruning.model.weights import Weight, all_weights, weight_shape
+from megatron.pruning.storage.output import OutputFile
+from megatron.pruning.storage.safetensors_file import SafetensorsFile, read_safetensors
+from megatron.pruning.storage.small_files import as_json, parse_json, read_small
+from megatron.pruning.storage.views import File, Stored, View, cast
+
+SHARD_BYTES = 5_000_000_000
+_MAX_JSON_BYTES = 10_000_000  # of a config.json or an index
+
+# Buffers that old exports stored: recomputed from the config, not weights.
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+class HfCheckpoint(Checkpoint):
+    """A Llama in Hugging Face's format. Raises ValueError on anything missing, unexpected or of another shape."""
+
+    format, layout = "hf", None
+
+    def __init__(self, path: Path) -> None:
+        self.path = self.root = path
+        self.files = _weight_files(path)
+        self.config = read_hf_config(path / "config.json")
+        self._stored: dict[str, Stored] = {}
+        for file in self.files:
+            reader = read_safetensors if file.suffix == ".safetensors" else _read_bin
+            for key, tensor in reader(file).items():
+                if _IGNORED.fullmatch(key) or (self.config.tied and key == "lm_head.weight"):
+                    continue
+                if key in self._stored:
+                    raise ValueError(f"{key} is in {self._stored[key].file.path} and again in {file}")
+                self._stored[key] = tensor
+        self._check()
+
+    def _check(self) -> None:
+        rows = all_weights(self.config.num_layers, self.config.tied, self.config.features)
+        expected = {weight.hf_key(layer): weight for weight, layer in rows}
+        check_keys(str(self.path), set(self._stored), set(expected))
+        check_apart(self._stored.items())
+        for key, weight in expected.items():
+            check_tensor(str(self.path), key, self._stored[key], weight_shape(weight, self.config.sizes))
+
+    def weight(self, weight: Weight, layer: int | None) -> View:
+        return self._stored[weight.hf_key(layer)]
+
+    def carried_files(self) -> dict[str, bytes]:
+        return carried_files_of(self.path)
+
+
+def read_hf_config(path: Path) -> LlamaConfig:
+    """Read a config.json. Raises ValueError when it is not JSON or not a Llama's."""
+    return config_from_hf(_read_json(path), str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return parse_json(read_small(path, _MAX_JSON_BYTES), str(path))
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Return the weight files: those an index names, or the single one. Names from inside the index stay in `path`."""
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (path / single).is_file():  # transformers, too, prefers it to an index
+            return [path / single]
+        if (path / index).is_file():
+            names = _read_json(path / index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+                raise ValueError(f"{path / index}: weight_map must map tensor names to plain file names")
+            files = [path / name for name in sorted(set(names.values()))]
+            for file in files:
+                if not file.is_file():
+                    raise ValueError(f"{path / index} names {file.name}, which is not in {path}")
+            return files
+    raise ValueError(f"{path} has a config.json but neither model.safetensors nor pytorch_model.bin (or their index)")
+
+
+def _read_bin(path: Path) -> dict[str, Stored]:
+    from megatron.pruning.storage.torch_reader import load_torch, stored
+
+    file = File(path)
+    content = load_torch(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not a state dict")
+    if strange := [key for key in content if not isinstance(key, str)]:
+        raise ValueError(f"{path} holds a tensor called {reprlib.repr(strange[0])}")
+    return {key: stored(file, key, tensor) for key, tensor in content.items() if not _IGNORED.fullmatch(key)}
+
+
+def hf_output(
+    checkpoint: Checkpoint, dtype: str | None, shard_bytes: int = SHARD_BYTES
+) -> tuple[list[OutputFile], dict[str, bytes]]:
+    """Return the weight files and the small files of `checkpoint` in Hugging Face's format.
+
+    Raises ValueError for a shape that transformers would not load.
+    """
+    if problem := hf_export_problem(checkpoint.config):
+        raise ValueError(problem)
+    shards: list[dict[str, View]] = [{}]
+    size = 0
+    for weight, layer, view in checkpoint.weights():
+        out = cast(view, dtype)
+        if shards[-1] and size + out.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][weight.hf_key(layer)] = out
+        size += out.nbytes
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = [SafetensorsFile(name, views) for name, views in zip(names, shards, strict=True)]
+    texts = {
+        "config.json": as_json(config_to_hf(checkpoint.config, dtype or checkpoint.dtype)),
+        **checkpoint.carried_files(),
+    }
+    if len(shards) > 1:
+        where = {key: file.name for file in files for key in file.views}
+        total = sum(file.nbytes for file in files)
+        texts["model.safetensors.index.json"] = as_json({"metadata": {"total_size": total}, "weight_map": where})
+    return list(files), texts

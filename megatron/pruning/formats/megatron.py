@@ -1,0 +1,254 @@
+"""What Megatron's checkpoint formats have in common: names, shards of tensor ranks, the files that lie beside.
+
+`MegatronCheckpoint` turns the shards that a format's reader found into logical weights; `rank_views` is the way back.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor
+from megatron.pruning.formats.huggingface import read_hf_config
+from megatron.pruning.model.axes import axes
+from megatron.pruning.model.checkpoint import Checkpoint, carried_files_of
+from megatron.pruning.model.config import LlamaConfig
+from megatron.pruning.model.hf_config import config_to_hf
+from megatron.pruning.model.layout import Layout, fuse, fused_shape, pad_rows, unfuse
+from megatron.pruning.model.megatron_args import config_from_args, config_to_command_line
+from megatron.pruning.model.weights import FIRST, LAST, TABLE, Weight, layer_weights, split_dim
+from megatron.pruning.storage.small_files import as_json, read_small
+from megatron.pruning.storage.views import View, cast, concat, read_all, take
+
+TRACKER = "latest_checkpointed_iteration.txt"
+HF_FILES = "huggingface"  # config.json and tokenizer, carried for the way back
+ARGS_FILE = "megatron_args.txt"
+
+# Megatron name -> the rows that are fused under it, in order.
+FUSED = {weight.megatron: [row for row in TABLE if row.megatron == weight.megatron] for weight in TABLE}
+
+# TransformerEngine's layers own the norm before each linear; the local layers keep it apart.
+TE_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm",
+}
+TE_NAMES = {local: te for te, local in TE_NORMS.items()}
+# Before Megatron-core a model was nested dictionaries with other names; checkpoint_version 3.0 orders rows as today.
+_OLD_NAMES = {
+    "language_model.embedding.word_embeddings": "embedding.word_embeddings",
+    "language_model.encoder.final_norm": "decoder.final_layernorm",
+    "language_model.encoder.final_layernorm": "decoder.final_layernorm",
+    "language_model.output_layer": "output_layer",
+    "word_embeddings_for_head": "output_layer",  # the last stage's copy of a tied embedding
+    "input_norm": "input_layernorm",
+    "post_attention_norm": "pre_mlp_layernorm",
+    "post_attention_layernorm": "pre_mlp_layernorm",
+    "self_attention.query_key_value": "self_attention.linear_qkv",
+    "self_attention.dense": "self_attention.linear_proj",
+    "mlp.dense_h_to_4h": "mlp.linear_fc1",
+    "mlp.dense_4h_to_h": "mlp.linear_fc2",
+}
+# Of the largest value: what replicas of a weight may differ by.
+_DRIFT = 0.01
+_LAYER_KEY = re.compile(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.+)")
+
+
+def split_key(key: str) -> tuple[str, int | None]:
+    """Return a key's Megatron name, as the table has it, and its layer (None outside the layers)."""
+    layer = None
+    if match := _LAYER_KEY.fullmatch(key):
+        layer, key = int(match[1]), match[2]
+    name = TE_NORMS.get(key, key.removesuffix(".weight"))
+    return _OLD_NAMES.get(name, name), layer
+
+
+def full_key(name: str, layer: int | None, te: bool = False) -> str:
+    """Return the key of the weights called `name` in `layer`, in the local layers' or TransformerEngine's spelling."""
+    key = FUSED[name][0].megatron_key(layer)
+    return key.replace(f"{name}.weight", TE_NAMES[name]) if te and name in TE_NAMES else key
+
+
+def is_known(name: str, layer: int | None) -> bool:
+    """Whether a Llama has a weight of this Megatron name, in or outside the layers as `layer` says."""
+    return name in FUSED and FUSED[name][0].per_layer == (layer is not None)
+
+
+def find_iteration(path: Path, iteration: int | None = None) -> Path | None:
+    """Return the directory of weights that `path` means: itself, or the one its tracker file names; else None.
+
+    `iteration` names another one than the tracker does. Raises ValueError when that, or the tracker's, is not there.
+    """
+    if iteration is not None:
+        directory = path / f"iter_{iteration:07d}"
+        if not directory.is_dir():
+            saved = ", ".join(sorted(found.name for found in path.glob("iter_*"))) or "none"
+            raise ValueError(f"--iteration {iteration}: {path} has no {directory.name}; saved there: {saved}")
+        return directory
+    if (path / TRACKER).is_file():
+        latest = read_small(path / TRACKER).decode("utf-8", errors="replace").strip()
+        if latest != "release" and not (latest.isdecimal() and len(latest) < 20):
+            raise ValueError(f"{path / TRACKER} holds {latest[:40]!r}, neither a number nor 'release'")
+        directory = path / (latest if latest == "release" else f"iter_{int(latest):07d}")
+        if not directory.is_dir():
+            raise ValueError(f"{path / TRACKER} names {directory.name}, which is not in {path}")
+        return directory
+    return path if (path / ".metadata").is_file() or any(path.glob("mp_rank_*")) else None
+
+
+class MegatronCheckpoint(Checkpoint):
+    """A Llama of which each tensor rank has a shard of every weight, evenly or as an unbalanced pruning left it."""
+
+    def __init__(self, path: Path, directory: Path, args: Namespace, layout: Layout | None) -> None:
+        self.path, self.layout = path, layout
+        self.root = path if (path / TRACKER).is_file() else directory.resolve().parent
+        self.args = args
+        # (Megatron name, layer) -> the shards of all tensor ranks
+        self.shards: dict[tuple[str, int | None], list[View]] = {}
+        self.config = self._read_config(directory)
+        self.transformer_impl = getattr(args, "transformer_impl", None) or "local"
+
+    def _read_config(self, directory: Path) -> LlamaConfig:
+        config = config_from_args(self.args, str(directory))
+        carried = self.root / HF_FILES / "config.json"
+        self.vocab_is_known = bool(getattr(self.args, "vocab_size", None)) or carried.is_file()
+        if carried.is_file():
+            hf = read_hf_config(carried)
+            vocab = config.vocab_size if getattr(self.args, "vocab_size", None) else hf.vocab_size
+            other = hf.other if hf.features == config.features else {}
+            config = dataclasses.replace(config, vocab_size=vocab, other=other)
+        return config
+
+    @functools.cache  # noqa: B019 - a checkpoint lives as long as its process
+    def _rank_sizes(self, layer: int | None, rank: int) -> dict[str, int]:
+        """Return the axis sizes on one tensor rank: groups, heads and ffn as its shards have them, maybe unevenly."""
+        sizes = dict(self.config.sizes)
+        sizes["vocab"] = self.shards[FIRST[0].megatron, None][rank].shape[0]
+        if layer is not None:
+            attention = self.shards["self_attention.linear_proj", layer][rank].shape[-1]
+            sizes["groups"] = attention // (self.config.heads_per_group * self.config.head_dim)
+            sizes["heads"] = sizes["groups"] * self.config.heads_per_group
+            sizes["ffn"] = self.shards["mlp.linear_fc2", layer][rank].shape[-1]
+        return sizes
+
+    def check(self) -> None:
+        """Raise ValueError unless every weight is there, on all ranks, in the shape that config and ranks imply."""
+        where, config = str(self.path), self.config
+        expected = {
+            (name, layer)
+            for name, rows in FUSED.items()
+            for layer in (range(config.num_layers) if rows[0].per_layer else (None,))
+            if not (config.tied and name == "output_layer")
+            if rows[0].feature is None or rows[0].feature in config.features
+        }
+        check_keys(where, {full_key(*key) for key in self.shards}, {full_key(*key) for key in expected})
+        check_apart((full_key(*key), shard) for key, shards in self.shards.items() for shard in shards)
+        ranks = max(len(shards) for shards in self.shards.values())
+        for key, shards in self.shards.items():
+            if len(shards) != ranks:
+                raise ValueError(f"{where}: {full_key(*key)} is on {len(shards)} of {ranks} tensor ranks")
+        for (name, layer), shards in self.shards.items():
+            for rank, shard in enumerate(shards):
+                shape = fused_shape(FUSED[name], self._rank_sizes(layer, rank))
+                check_tensor(f"{where}, tensor rank {rank}", full_key(name, layer), shard, shape)
+        for axis in ("groups", "ffn"):
+            for layer in range(config.num_layers):
+                total = sum(self._rank_sizes(layer, rank)[axis] for rank in range(ranks))
+                if total != config.sizes[axis]:
+                    raise ValueError(
+                        f"{where}: layer {layer} has {total} {axis} on all ranks together, "
+                        f"but its arguments say {config.sizes[axis]}"
+                    )
+        for (name, layer), shards in self.shards.items():
+            if split_dim(FUSED[name][0]) is None:
+                _check_replicas(where, full_key(name, layer), shards)
+        rows = sum(self._rank_sizes(None, rank)["vocab"] for rank in range(ranks))
+        if rows < config.vocab_size:
+            raise ValueError(f"{where}: its embedding has {rows} rows for a vocabulary of {config.vocab_size}")
+
+    def weight(self, weight: Weight, layer: int | None) -> View:
+        shards = self.shards[weight.megatron, layer]
+        dim = split_dim(weight)
+        if dim is None:
+            return shards[0]
+        rows = FUSED[weight.megatron]
+        which = rows.index(weight)
+        parts = [unfuse(rows, shard, self._rank_sizes(layer, rank))[which] for rank, shard in enumerate(shards)]
+        whole = concat(parts, dim)
+        return take(whole, 0, np.arange(self.config.vocab_size)) if weight.dims[0] == "vocab" else whole
+
+    def carried_files(self) -> dict[str, bytes]:
+        return carried_files_of(self.root / HF_FILES)
+
+
+def _check_replicas(where: str, key: str, shards: Sequence[View]) -> None:
+    """Raise ValueError when the tensor ranks hold different values of a weight that each of them has whole.
+
+    Training may let them drift apart by rounding; shards of different models differ by far more.
+    """
+    with np.errstate(invalid="ignore"):  # a signalling NaN is no reason for a warning
+        first, *others = (read_all(cast(shard, "fp32")).view(np.float32).astype(np.float64) for shard in shards)
+    for rank, other in enumerate(others, 1):
+        largest = np.abs(other - first).max(initial=0.0)  # NaN where only one has an infinity or a NaN
+        if not np.array_equal(first, other, equal_nan=True) and not largest <= _DRIFT * np.abs(first).max(initial=0.0):
+            raise ValueError(
+                f"{where}: {key} on tensor ranks 0 and {rank} differs by up to {largest:.3g}: all ranks should hold "
+                "the same, so one of them is of another model or another time"
+            )
+
+
+def rank_views(checkpoint: Checkpoint, layout: Layout, t: int, p: int) -> dict[tuple[str, int | None], View]:
+    """Return what model rank (`t`, `p`) holds, by (Megatron name, global layer), in the order of the forward pass."""
+    tied, rows = checkpoint.config.tied, layer_weights(checkpoint.config.features)
+    keys: list[tuple[str, int | None]] = []
+    if p == 0:
+        keys += [(weight.megatron, None) for weight in FIRST]
+    for layer in layout.layers_of_stage(checkpoint.config.num_layers, p):
+        keys += [(name, layer) for name in dict.fromkeys(weight.megatron for weight in rows)]
+    if p == layout.pipeline - 1:
+        keys += [(weight.megatron, None) for weight in LAST if not (tied and weight.name == "lm_head")]
+    views = {key: _rank_view(checkpoint, *key, layout, t) for key in keys}
+    if tied and p == layout.pipeline - 1 and p > 0:  # the last stage needs its own copy
+        views["output_layer", None] = _rank_view(checkpoint, FIRST[0].megatron, None, layout, t)
+    return views
+
+
+def _rank_view(checkpoint: Checkpoint, name: str, layer: int | None, layout: Layout, t: int) -> View:
+    """Return what tensor rank `t` holds of the weight or the fused weights called `name`."""
+    config, rows = checkpoint.config, FUSED[name]
+    padded = layout.padded_vocab(config.vocab_size)
+    bounds = {"vocab": [padded * t // layout.tensor, padded * (t + 1) // layout.tensor]}
+    if layer is not None:
+        for axis in ("groups", "ffn"):
+            bounds[axis] = checkpoint.boundaries(axis, layer, layout.tensor)[t : t + 2]
+        bounds["heads"] = [bound * config.heads_per_group for bound in bounds["groups"]]
+    sizes = {**config.sizes, **{axis: stop - start for axis, (start, stop) in bounds.items()}}
+    parts = []
+    for weight in rows:
+        view, dim = checkpoint.weight(weight, layer), split_dim(weight)
+        if dim is not None:
+            if weight.dims[dim] == "vocab":
+                view = pad_rows(view, padded)
+            # The split axis is the outermost of its dim: each of its indices stands for `inner` elements.
+            axis, *inner_axes = axes(weight.dims[dim])
+            inner = math.prod(config.sizes[axis] for axis in inner_axes)
+            view = take(view, dim, np.arange(bounds[axis][0] * inner, bounds[axis][1] * inner))
+        parts.append(view)
+    return fuse(rows, parts, sizes)
+
+
+def side_files(checkpoint: Checkpoint, layout: Layout, dtype: str | None) -> dict[str, bytes]:
+    """Return the small files beside the weights: tokenizer and config for the way back, flags, and the tracker.
+
+    The tracker says `release`, which starts a new training: the stock loader takes no optimizer or iteration from it.
+    """
+    config = checkpoint.config
+    texts = {f"{HF_FILES}/{name}": content for name, content in checkpoint.carried_files().items()}
+    texts[f"{HF_FILES}/config.json"] = as_json(config_to_hf(config, dtype or checkpoint.dtype))
+    texts[ARGS_FILE] = "".join(f"{line}\n" for line in config_to_command_line(config, layout)).encode()
+    texts[TRACKER] = b"release"
+    return texts

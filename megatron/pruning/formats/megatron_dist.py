@@ -1,0 +1,197 @@
+"""Megatron-LM checkpoints in the format `torch_dist`: the weights of all ranks by name in one DCP checkpoint.
+
+Layers are stacked on axis 0 under the names of TransformerEngine's layers, and each tensor is laid out as on one tensor
+rank; chunks may cut it anywhere. `common.pt` holds the arguments, or since 0.19 the bytes entry
+`common_state/shard_0_1`. Written with common.pt, which every release reads.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.pruning.formats.huggingface import SHARD_BYTES
+from megatron.pruning.formats.megatron import MegatronCheckpoint, full_key, is_known, rank_views, side_files, split_key
+from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.model.megatron_args import config_to_args
+from megatron.pruning.storage.dcp_file import (
+    METADATA,
+    Chunk,
+    DistFile,
+    Entry,
+    Piece,
+    StoredChunk,
+    load_object,
+    metadata_bytes,
+    object_bytes,
+    read_metadata,
+)
+from megatron.pruning.storage.output import OutputFile
+from megatron.pruning.storage.small_files import as_json
+from megatron.pruning.storage.torch_reader import load_torch
+from megatron.pruning.storage.views import File, View, cast, concat
+
+_STACKED = "decoder.layers."
+# What the stock loader wants beside each layer's linear weights.
+_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "common_state", "opt_param_scheduler")
+
+
+class DistCheckpoint(MegatronCheckpoint):
+    """A Llama in the format `torch_dist`, as any layout saved it.
+
+    Raises ValueError on anything missing, unexpected, damaged or of another shape.
+    """
+
+    format = "torch_dist"
+
+    def __init__(self, path: Path, directory: Path) -> None:
+        entries = read_metadata(directory)
+        super().__init__(path, directory, _read_args(directory, entries), None)
+        self.has_optimizer = any(name.startswith(("optimizer.", "chained_")) for name in entries)
+        self._files: dict[Path, File] = {}
+        for name, entry in entries.items():
+            if "_extra_state" not in name and not name.startswith(_NOT_WEIGHTS):
+                self._collect(directory, name, entry)
+        self.files = list(self._files)
+        self.check()
+
+    def _collect(self, directory: Path, key: str, entry: Entry) -> None:
+        name, layer = split_key(key)
+        stacked = layer is None and key.startswith(_STACKED)
+        if stacked:
+            name, _ = split_key(key.replace(_STACKED, f"{_STACKED}0.", 1))
+        if self.config.tied and name == "output_layer":
+            return
+        if not is_known(name, 0 if stacked else layer) or entry.shape is None:
+            raise ValueError(f"{directory} holds an unexpected tensor: {key[:200]}")
+        if entry.dtype is None:
+            raise ValueError(f"{directory}: {key} is of a dtype that no Llama weight has")
+        if not entry.shape or (stacked and entry.shape[0] != self.config.num_layers):
+            raise ValueError(
+                f"{directory}: {key} has shape {entry.shape} in a model of {self.config.num_layers} layers"
+            )
+        for index in range(entry.shape[0]) if stacked else [None]:
+            where = name, index if stacked else layer
+            if where in self.shards:
+                raise ValueError(f"{directory} holds {key} twice, stacked and by layer")
+            self.shards[where] = [self._assemble(directory, key, entry, index)]
+
+    def _assemble(self, directory: Path, key: str, entry: Entry, layer: int | None) -> View:
+        """Return a tensor, or one layer of a stacked one, from the chunks that tile it."""
+        boxes: dict[int, dict[int, View]] = {}  # first row -> first column -> view
+        for chunk in entry.chunks:
+            if len(chunk.sizes) != len(entry.shape or ()):
+                raise ValueError(f"{directory}: {key} has a chunk of shape {chunk.sizes} in a tensor of {entry.shape}")
+            offsets, inside = chunk.offsets, None
+            if layer is not None:
+                if not offsets[0] <= layer < offsets[0] + chunk.sizes[0]:
+                    continue
+                offsets, inside = offsets[1:], layer - offsets[0]
+            column = offsets[1] if len(offsets) > 1 else 0
+            boxes.setdefault(offsets[0], {})[column] = StoredChunk(
+                key, self._file(chunk), chunk, inside, str(entry.dtype)
+            )
+        shape = (entry.shape or ())[0 if layer is None else 1 :]
+        rows = [_row(row) for _, row in sorted(boxes.items())]
+        starts = np.cumsum([0, *(row.shape[0] for row in rows if row is not None)])[:-1]
+        whole = None
+        if (
+            rows
+            and None not in rows
+            and starts.tolist() == sorted(boxes)
+            and len({r.shape[1:] for r in rows if r}) == 1
+        ):
+            whole = concat([row for row in rows if row is not None], 0)
+        if whole is None or whole.shape != shape:
+            raise ValueError(f"{directory}: the chunks of {key} do not make up its shape {shape}")
+        return whole
+
+    def _file(self, chunk: Chunk) -> File:
+        if chunk.path not in self._files:
+            if not chunk.path.is_file():
+                raise ValueError(f"{chunk.path.parent / METADATA} names {chunk.path.name}, which is not there")
+            self._files[chunk.path] = File(chunk.path)
+        return self._files[chunk.path]
+
+
+def _row(boxes: dict[int, View]) -> View | None:
+    """Return boxes side by side, by their first column; None unless they are of one height and leave no gap."""
+    parts = [boxes[start] for start in sorted(boxes)]
+    widths = [part.shape[1] if len(part.shape) > 1 else 0 for part in parts]
+    if len({part.shape[0] for part in parts}) > 1 or np.cumsum([0, *widths])[:-1].tolist() != sorted(boxes):
+        return None
+    return concat(parts, 1)
+
+
+def _read_args(directory: Path, entries: dict[str, Entry]) -> Namespace:
+    common: Any = None
+    if (directory / "common.pt").is_file():
+        common = load_torch(directory / "common.pt")
+    elif (entry := entries.get("common_state/shard_0_1")) and entry.chunks:
+        common = load_object(entry.chunks[0])
+    if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
+        raise ValueError(f"{directory} carries no Megatron arguments, so the model's shape is unknown")
+    args: Namespace = common["args"]
+    return args
+
+
+def dist_output(checkpoint: Checkpoint, layout: Layout, dtype: str | None) -> tuple[list[OutputFile], dict[str, bytes]]:
+    """Return the .distcp files and the small files of `checkpoint` in the format `torch_dist`, under `release/`.
+
+    `layout` is a hint for training only: the weights are stored whole and load in any layout.
+    """
+    config = checkpoint.config
+    whole = Layout(vocab_divisor=layout.padded_vocab(config.vocab_size))
+    pieces = []
+    views = rank_views(checkpoint, whole, 0, 0)
+    # The layers of a stacked tensor have one dtype: fp32, which holds each exactly, where they differ.
+    dtypes: dict[str, set[str]] = {}
+    for (name, _), view in views.items():
+        dtypes.setdefault(name, set()).add(view.dtype)
+    for (name, layer), view in views.items():
+        if dtype is None and len(dtypes[name]) > 1:
+            view = cast(view, "fp32")
+        full = full_key(name, layer, te=True)
+        if layer is not None:
+            full = full.replace(f"{_STACKED}{layer}.", _STACKED, 1)
+        pieces.append(Piece(full, layer, cast(view, dtype)))
+    none = object_bytes([None])
+    layers = config.num_layers
+    objects = {
+        f"{_STACKED}{name}._extra_state/shard_{i}_{layers}": none for i in range(layers) for name in _EXTRA_STATES
+    }
+    files = [
+        DistFile(f"release/__{i}_0.distcp", part, objects if i == 0 else {}) for i, part in enumerate(_parts(pieces))
+    ]
+    args = config_to_args(config, layout)
+    args.ckpt_format = "torch_dist"
+    common = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    }
+    texts = side_files(checkpoint, layout, dtype)
+    texts[f"release/{METADATA}"] = metadata_bytes(files, layers)
+    texts["release/common.pt"] = object_bytes(common)
+    versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    texts["release/metadata.json"] = as_json({**versions, "common_backend": "torch", "common_backend_version": 1})
+    return list(files), texts
+
+
+def _parts(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Cut the pieces into files of about `SHARD_BYTES`, which processes share among them."""
+    parts: list[list[Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        if parts[-1] and size + piece.view.nbytes > SHARD_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(piece)
+        size += piece.view.nbytes
+    return parts

@@ -1,0 +1,111 @@
+"""The table of weights: the one place that says what a Llama is made of.
+
+A row names a weight, the model axes of its dims, and its key in Hugging Face and in Megatron-core. `heads*head_dim` is
+one dim that holds two axes. Rows that share a Megatron key are fused there, in this order. Shapes, parameter counts,
+what to slice for a set of kept indices, where tensor parallelism splits, and the key mapping in both directions are all
+derived from it, here and in the modules that import it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.pruning.model.axes import SPLIT_BY_TENSOR_PARALLEL, axes
+from megatron.pruning.storage.views import Index
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One row: a weight's name, the axes of its dims, and its keys (without the layer's prefix and `.weight`).
+
+    A row with a `feature` is there only in models that have that feature.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    hf: str
+    megatron: str
+    per_layer: bool = True
+    feature: str | None = None
+
+    def hf_key(self, layer: int | None) -> str:
+        """Return the key in a Hugging Face LlamaForCausalLM."""
+        return f"model.layers.{layer}.{_full(self.hf)}" if self.per_layer else _full(self.hf)
+
+    def megatron_key(self, layer: int | None) -> str:
+        """Return the key in a Megatron GPTModel with the local layer spec; `layer` counts from 0 on its stage."""
+        return f"decoder.layers.{layer}.{_full(self.megatron)}" if self.per_layer else _full(self.megatron)
+
+
+def _full(name: str) -> str:
+    return name if name.endswith(".bias") else f"{name}.weight"
+
+
+TABLE = (
+    Weight("embed", ("vocab", "hidden"), "model.embed_tokens", "embedding.word_embeddings", per_layer=False),
+    Weight("attn_norm", ("hidden",), "input_layernorm", "input_layernorm"),
+    Weight("q", ("heads*head_dim", "hidden"), "self_attn.q_proj", "self_attention.linear_qkv"),
+    Weight("k", ("groups*head_dim", "hidden"), "self_attn.k_proj", "self_attention.linear_qkv"),
+    Weight("v", ("groups*head_dim", "hidden"), "self_attn.v_proj", "self_attention.linear_qkv"),
+    Weight("q_bias", ("heads*head_dim",), "self_attn.q_proj.bias", "self_attention.linear_qkv.bias", True, "qkv_bias"),
+    Weight("k_bias", ("groups*head_dim",), "self_attn.k_proj.bias", "self_attention.linear_qkv.bias", True, "qkv_bias"),
+    Weight("v_bias", ("groups*head_dim",), "self_attn.v_proj.bias", "self_attention.linear_qkv.bias", True, "qkv_bias"),
+    Weight("q_norm", ("head_dim",), "self_attn.q_norm", "self_attention.q_layernorm", True, "qk_norm"),
+    Weight("k_norm", ("head_dim",), "self_attn.k_norm", "self_attention.k_layernorm", True, "qk_norm"),
+    Weight("o", ("hidden", "heads*head_dim"), "self_attn.o_proj", "self_attention.linear_proj"),
+    Weight("mlp_norm", ("hidden",), "post_attention_layernorm", "pre_mlp_layernorm"),
+    Weight("gate", ("ffn", "hidden"), "mlp.gate_proj", "mlp.linear_fc1"),
+    Weight("up", ("ffn", "hidden"), "mlp.up_proj", "mlp.linear_fc1"),
+    Weight("down", ("hidden", "ffn"), "mlp.down_proj", "mlp.linear_fc2"),
+    Weight("final_norm", ("hidden",), "model.norm", "decoder.final_layernorm", per_layer=False),
+    Weight("lm_head", ("vocab", "hidden"), "lm_head", "output_layer", per_layer=False),
+)
+
+# The rows before, in and after the layers.
+LAYER = tuple(weight for weight in TABLE if weight.per_layer)
+FIRST = TABLE[: TABLE.index(LAYER[0])]
+LAST = TABLE[TABLE.index(LAYER[-1]) + 1 :]
+
+
+def split_dim(weight: Weight) -> int | None:
+    """Return the dim along which tensor parallelism splits `weight`, None if every rank holds all of it."""
+    split = [i for i, dim in enumerate(weight.dims) if axes(dim)[0] in SPLIT_BY_TENSOR_PARALLEL]
+    return split[0] if split else None
+
+
+def weight_shape(weight: Weight, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of `weight` in a model whose axes have `sizes`."""
+    return tuple(math.prod(sizes[axis] for axis in axes(dim)) for dim in weight.dims)
+
+
+def layer_weights(features: frozenset[str]) -> list[Weight]:
+    """Return the rows of one layer of a model with these features."""
+    return [weight for weight in LAYER if weight.feature is None or weight.feature in features]
+
+
+def all_weights(layers: int, tied: bool, features: frozenset[str] = frozenset()) -> list[tuple[Weight, int | None]]:
+    """Return every (weight, layer) of a model in the order of the forward pass; a tied output layer is left out."""
+    return [
+        *((weight, None) for weight in FIRST),
+        *((weight, layer) for layer in range(layers) for weight in layer_weights(features)),
+        *((weight, None) for weight in LAST if not (tied and weight.name == "lm_head")),
+    ]
+
+
+def parameter_count(sizes: Mapping[str, int], tied: bool, features: frozenset[str] = frozenset()) -> int:
+    """Return the number of parameters of a model whose axes have `sizes`."""
+    return sum(math.prod(weight_shape(weight, sizes)) for weight, _ in all_weights(sizes["layers"], tied, features))
+
+
+def kept_elements(dim: str, keep: Mapping[str, Index], sizes: Mapping[str, int]) -> Index:
+    """Return the element indices that remain of `dim` when `keep` indices remain of its axes.
+
+    `sizes` are the parent's; an axis that `keep` does not name is kept whole, e.g. the `head_dim` of `heads*head_dim`.
+    """
+    index = np.zeros(1, dtype=np.intp)
+    for axis in axes(dim):
+        chosen = keep[axis] if axis in keep else np.arange(sizes[axis])
+        index = (index[:, None] * sizes[axis] + chosen[None, :]).ravel()
+    return index

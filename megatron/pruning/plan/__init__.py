@@ -1,0 +1,1 @@
+"""What is kept: scores, the choice, the plan, and a checkpoint seen through it. Knows no file format."""

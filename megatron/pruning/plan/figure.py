@@ -1,0 +1,65 @@
+"""A plan as a picture: what is kept of every layer's heads and ffn and of the hidden size, at a glance."""
+
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.pruning.plan.plan import Plan
+
+_COLUMNS = 256  # at most: a wider axis is drawn as the share kept in each of so many bins
+
+
+def plan_figure(plan: Plan) -> bytes:
+    """Return a PNG: a row for each of the parent's layers (dropped ones stay empty), a panel for each axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes, layers = plan.parent_sizes, plan.parent_sizes["layers"]
+    panels = [("heads", plan.heads), ("groups", plan.groups), ("ffn", plan.ffn)]
+    if sizes["groups"] == sizes["heads"]:
+        del panels[1]  # each head is its own group
+    height = 1.6 + max(2.0, 0.12 * layers)
+    figure, grid = plt.subplots(
+        2, len(panels), figsize=(12, height), layout="constrained", height_ratios=[max(layers, 12), 1.5], squeeze=False,
+        width_ratios=[3.0 if axis == "ffn" else 1.0 for axis, _ in panels],
+    )  # fmt: skip
+    for axes, (axis, kept) in zip(grid[0], panels, strict=True):
+        rows = np.full((layers, min(sizes[axis], _COLUMNS)), np.nan)
+        for layer, index in zip(plan.layers, kept, strict=True):
+            rows[layer] = _share(index, sizes[axis])
+        image = axes.imshow(rows, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
+                            extent=(0, sizes[axis], layers - 0.5, -0.5))  # fmt: skip
+        axes.set(title=f"{axis}: {len(kept[0])} of {sizes[axis]}", ylabel="layer" if axis == "heads" else None)
+        axes.set_facecolor("0.85")
+        for block in range(1, plan.tensor_parallel):
+            axes.axvline(sizes[axis] * block / plan.tensor_parallel, color="white", linewidth=1)
+    bottom = grid[1, 0].get_gridspec()
+    for axes in grid[1]:
+        axes.remove()
+    hidden = figure.add_subplot(bottom[1, :])
+    share = _share(plan.hidden, sizes["hidden"])[None]
+    hidden.imshow(share, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
+                  extent=(0, sizes["hidden"], 0, 1))  # fmt: skip
+    hidden.set(title=f"hidden, in every layer: {len(plan.hidden)} of {sizes['hidden']}", yticks=[])
+    figure.colorbar(image, ax=grid[0, -1], label="share kept")
+    seed = f"seed {plan.seed}, " if plan.criterion == "random" else ""
+    figure.suptitle(
+        f"kept, {plan.criterion} ({seed}{plan.prune_type} over {plan.tensor_parallel} tensor-parallel "
+        f"blocks); {len(plan.layers)} of {layers} layers"
+    )
+    out = BytesIO()
+    figure.savefig(out, format="png", dpi=100)
+    plt.close(figure)
+    return out.getvalue()
+
+
+def _share(index: NDArray[np.intp], size: int) -> NDArray[np.float64]:
+    """Return the share of each of at most `_COLUMNS` equal bins of an axis that is kept."""
+    bins = min(size, _COLUMNS)
+    edges = np.arange(bins + 1) * size // bins
+    kept = np.diff(np.searchsorted(index, edges))
+    share: NDArray[np.float64] = kept / np.diff(edges)
+    return share

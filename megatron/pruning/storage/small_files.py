@@ -1,0 +1,60 @@
+"""Small files: JSON that is checked as it is read, sizes that are bounded, writes that are durable."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+LARGEST_SMALL_FILE = 100_000_000  # bytes; the largest tokenizers have 40 MB
+
+
+def read_small(path: Path, limit: int = LARGEST_SMALL_FILE) -> bytes:
+    """Return the content of a file that should be small. Raises ValueError when it has more than `limit` bytes."""
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes: more than {limit:,} is no such file")
+    return content
+
+
+def parse_json(raw: bytes, what: str) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError, naming `what`, for anything else, also for a name that is in it twice.
+
+    Python reads more than JSON: NaN and infinities, which other readers would refuse in what is written of them.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"it holds {next(name for name in names if names.count(name) > 1)!r} twice")
+        return found
+
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text[:40]} is not a number of JSON")
+        return value
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, and could not be written
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} holds {type(value).__name__}, not an object")
+    return value
+
+
+def as_json(value: Any) -> bytes:
+    """Return `value` as indented JSON."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a small file and fsync it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,144 @@
+"""The stock training flags: defaults for machines without some library, and one sentence for what cannot work."""
+
+import argparse
+import contextlib
+import importlib.util
+import math
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
+from megatron.training import global_vars
+
+from megatron.pruning.training import cpu_device
+
+
+def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Sets the defaults that differ from stock, whatever the user types wins; and adds the flags of distillation."""
+    # Causal attention needs no mask tensor, and a checkpoint's own format says which one it is. Stock leaves the
+    # intervals unset and fails on that after it has built the model.
+    parser.set_defaults(create_attention_mask_in_dataloader=False, auto_detect_ckpt_format=True)
+    parser.set_defaults(eval_interval=1000, save_interval=1000)
+    if not importlib.util.find_spec("transformer_engine"):
+        parser.set_defaults(
+            transformer_impl="local",
+            no_persist_layer_norm=True,
+            gradient_accumulation_fusion=bool(importlib.util.find_spec("fused_weight_gradient_mlp_cuda")),
+        )
+    if cpu_device.is_installed():
+        cpu_device.add_defaults(parser)
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--teacher-load", metavar="DIR", help="teacher: a checkpoint of any format, shape and layout")
+    group.add_argument("--kd-alpha", type=float, metavar="A", help="A * kd loss + (1 - A) * lm loss (default 1.0)")
+    group.add_argument("--kd-temperature", type=float, metavar="T", help="of teacher and student (default 1.0)")
+    return parser
+
+
+def refuse_without_libraries(args: argparse.Namespace) -> None:
+    """Checks the flags that a GPU, TransformerEngine or apex must be there for.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    if cpu_device.is_installed():
+        cpu_device.refuse(args)
+    if args.transformer_impl != "local" and not importlib.util.find_spec("transformer_engine"):
+        raise ValueError(f"--transformer-impl {args.transformer_impl} needs TransformerEngine, which is not installed")
+    if args.use_distributed_optimizer and USING_PYTORCH_OPTIMIZER and args.save and not args.no_save_optim:
+        # megatron-core 0.19 saves the state of torch's AdamW in a form that it then cannot load
+        raise ValueError(
+            "--use-distributed-optimizer cannot resume without TransformerEngine or apex, and neither is installed: "
+            "leave it out, or give --no-save-optim"
+        )
+
+
+def refuse_impossible(args: argparse.Namespace) -> None:
+    """Checks what every user meets and Megatron ends on in a traceback.
+
+    Raises:
+        ValueError: a flag that must be given is not, the processes do not divide into model replicas, the learning
+            rate's decay ends before its warm-up, a setting of distillation is out of its range, or an attention is
+            asked for that Megatron has not.
+    """
+    _refuse_missing(args)
+    _refuse_layout(args)
+    _refuse_warm_up(args)
+    _refuse_distillation(args)
+    if args.attention_backend.name == "local":
+        raise ValueError(
+            "--attention-backend local cannot be had in megatron-core 0.19: leave it out, or give "
+            "--spec megatron.pruning.training.local_layers unfused_layers for Megatron's own attention"
+        )
+
+
+def _refuse_missing(args: argparse.Namespace) -> None:
+    needed = {"--micro-batch-size": args.micro_batch_size, "--seq-length": args.seq_length}
+    needed["--train-iters (or --train-samples)"] = args.train_iters or args.train_samples
+    if not args.skip_train:
+        needed["--lr"] = args.lr is not None
+    kinds = (args.data_path, args.train_data_path, args.data_args_path, args.per_split_data_args_path)
+    needed["--train-data-path (or --data-path, or --mock-data)"] = args.mock_data or any(kinds)
+    missing = [flag for flag, given in needed.items() if not given]
+    if missing:
+        raise ValueError(f"these flags must be given: {' '.join(missing)}")
+
+
+def _refuse_layout(args: argparse.Namespace) -> None:
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    sizes = {name: getattr(args, name) for name in names if name != names[2] or args.context_parallel_size > 1}
+    replica = math.prod(sizes.values())
+    if args.world_size % replica:
+        product = " x ".join(f"--{name.replace('_', '-')} {size}" for name, size in sizes.items())
+        raise ValueError(f"{args.world_size} processes were started, which is no multiple of {product} = {replica}")
+
+
+def _refuse_warm_up(args: argparse.Namespace) -> None:
+    if args.lr_warmup_fraction is not None:
+        if args.lr_warmup_fraction >= 1:
+            raise ValueError(f"--lr-warmup-fraction {args.lr_warmup_fraction} must be less than 1")
+        return
+    for unit in ("iters", "samples"):
+        warm_up = getattr(args, f"lr_warmup_{unit}")
+        for name in (f"lr_decay_{unit}", f"train_{unit}"):  # the first that is given is the length of the decay
+            length = getattr(args, name)
+            if length is not None:
+                if warm_up >= length:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ValueError(f"--lr-warmup-{unit} {warm_up} must be less than {flag} {length}")
+                break
+
+
+def _refuse_distillation(args: argparse.Namespace) -> None:
+    given = [flag for flag in ("kd_alpha", "kd_temperature") if getattr(args, flag) is not None]
+    if given and args.teacher_load is None:
+        raise ValueError(f"--{given[0].replace('_', '-')} needs a teacher: give --teacher-load")
+    for flag in ("kd_alpha", "kd_temperature"):
+        if flag not in given:
+            setattr(args, flag, 1.0)
+    if args.logits_load_dir:  # stock leaves reading them to the entry script, and would train on without a word
+        raise ValueError("--logits-load-dir: cached logits are not learned from here, give --teacher-load instead")
+    if not 0 <= args.kd_alpha <= 1:
+        raise ValueError(f"--kd-alpha {args.kd_alpha} must lie between 0 (lm loss alone) and 1 (kd loss alone)")
+    if not 0 < args.kd_temperature < math.inf:
+        raise ValueError(f"--kd-temperature {args.kd_temperature} must be a number above 0")
+
+
+@contextlib.contextmanager
+def flags_refused() -> Iterator[None]:
+    """Turns the assertions with which Megatron refuses flags, until training begins, into a ValueError.
+
+    An assertion that fails later is nobody's flag and keeps its traceback.
+
+    Raises:
+        ValueError: says what Megatron says, which may be no more than the source line of a bare `assert`.
+    """
+    try:
+        yield
+    except AssertionError as refusal:
+        if getattr(global_vars._GLOBAL_ARGS, "curr_iteration", None) is not None:  # set where the first step begins
+            raise
+        frame = traceback.extract_tb(refusal.__traceback__)[-1]
+        words = " ".join(str(refusal).split()) or frame.line
+        place = f"{Path(frame.filename).name} line {frame.lineno}"
+        raise ValueError(f"Megatron refuses these flags: {words} ({place})") from refusal

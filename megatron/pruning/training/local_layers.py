@@ -1,0 +1,124 @@
+"""Local layers: what Megatron uses where TransformerEngine is not installed, with torch's own attention and norm."""
+
+import argparse
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models import GPTModelConfig
+
+from megatron.pruning.training import cpu_device, cpu_kernels
+
+
+class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library without types
+    """Causal attention through torch's scaled_dot_product_attention, in memory linear in the sequence.
+
+    The constructor is the one that Megatron's layer specifications call; query, key and value are
+    `[sequence, batch, heads or groups, head_dim]`, the output is `[sequence, batch, heads * head_dim]`.
+
+    Raises:
+        ValueError: for what only TransformerEngine's attention does.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **options: Any
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise ValueError("--context-parallel-size above 1 needs TransformerEngine, which is not installed")
+        if config.window_size or config.softmax_type != "vanilla":
+            raise ValueError(
+                "window attention and other kinds of softmax need TransformerEngine, which is not installed"
+            )
+        self.scale = options.get("softmax_scale") or config.kv_channels**-0.5
+        dropout = options.get("attention_dropout")
+        self.dropout = config.attention_dropout if dropout is None else dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Attends; `attention_mask` (True hides) is given only with --reset-attention-mask."""
+        dtype = query.dtype
+        if query.device.type == "cpu":
+            # torch's backward pass of attention on a CPU is half as fast in bfloat16 as in float32
+            query, key, value = query.float(), key.float(), value.float()
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [batch, heads, seq, dim]
+        if query.device.type == "cpu":
+            query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return mixed.permute(2, 0, 1, 3).flatten(2).to(dtype)
+
+    def sharded_state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Nothing to save: attention has no weights."""
+        return {}
+
+
+class LocalRMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, whose gain Megatron's sequence parallelism sums over the tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **options: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The same as torch's."""
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and self.eps is not None:
+            return cpu_kernels.rms_norm(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+def local_layers(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """This pipeline stage's layers, from Megatron's local specification with `TorchAttention` and `LocalRMSNorm`."""
+    block = unfused_layers(config, vp_stage)
+    for layer in block.layer_specs[:1]:  # all of them are one object
+        layer.submodules.self_attention.submodules.core_attention = ModuleSpec(module=TorchAttention)
+    return block
+
+
+def unfused_layers(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The same with Megatron's own attention, whose memory is quadratic in the sequence: something to compare with.
+
+    `--spec megatron.pruning.training.local_layers unfused_layers` chooses it.
+    """
+    transformer = config.transformer
+    layer = get_gpt_layer_local_spec(
+        num_experts=transformer.num_moe_experts,
+        qk_layernorm=transformer.qk_layernorm,
+        normalization=transformer.normalization,
+    )
+    norm = layer.submodules.input_layernorm
+    if transformer.normalization == "RMSNorm":
+        norm = layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalRMSNorm
+    count = get_num_layers_to_build(transformer, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+def gpt_config(args: argparse.Namespace) -> GPTModelConfig:
+    """The model that the flags describe, with these layers where TransformerEngine's are not asked for."""
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor  # a stock flag that stock does not pass on
+    if args.transformer_impl == "local" and args.spec is None:
+        config.transformer_layer_spec = local_layers
+    if cpu_device.is_installed():
+        cpu_device.adjust(config.transformer)
+        cpu_kernels.install(config, args.seq_length, config.transformer_layer_spec is local_layers)
+    return config

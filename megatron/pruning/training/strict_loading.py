@@ -1,0 +1,285 @@
+"""Loads a checkpoint through the stock loader, and takes all of it or nothing.
+
+The stock loader warns and trains from random weights where a weight is missing, a file cannot be read, or there is no
+checkpoint at all. Each of these is a ValueError of one sentence here. The files beside a checkpoint follow it.
+"""
+
+import argparse
+import contextlib
+import functools
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.training import get_args
+from megatron.training.utils import print_rank_0
+from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
+
+from megatron.pruning.formats.megatron import TE_NORMS, TRACKER
+
+CARRIED = ("huggingface", "megatron_args.txt", "prune_plan.json")  # what an export and a second pruning need
+
+# How the stock scheduler refuses to resume a run under other flags.
+_SCHEDULE = re.compile(
+    r"OptimizerParamScheduler: class input value (.+) and checkpoint ?value (.+) for (.+) do not match"
+)
+
+# A norm inside of a layer -> what the other kind of layers calls it: TransformerEngine's <-> the local ones.
+_OTHER_NORM = {theirs: f"{ours}.weight" for theirs, ours in TE_NORMS.items()}
+_OTHER_NORM |= {ours: theirs for theirs, ours in _OTHER_NORM.items()}
+
+# Before the files are read ...
+
+
+def require_checkpoint(args: argparse.Namespace) -> None:
+    """Refuses a --load that would silently start from random weights, and one whose files are not all there.
+
+    A new run may name the same new directory in --load and --save; then its second start resumes. With
+    --pretrained-checkpoint the first start takes its weights from there.
+
+    Raises:
+        ValueError: there is no whole checkpoint where one was asked for.
+    """
+    source = source_of(args)
+    if source is not None:
+        require_files(args, source)
+    elif args.pretrained_checkpoint is not None:
+        raise ValueError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint: no {TRACKER}")
+    elif args.load is not None:
+        new = args.save is not None and Path(args.load).resolve() == Path(args.save).resolve()
+        if not new or args.finetune or args.use_checkpoint_args or args.exit_on_missing_checkpoint:
+            raise ValueError(f"--load {args.load} holds no checkpoint: no {TRACKER} there")
+        print_rank_0(f"no checkpoint in {args.load} yet: starting from random weights")
+    elif args.finetune or args.use_checkpoint_args or args.exit_on_missing_checkpoint:
+        raise ValueError("no checkpoint was named: give --load")
+
+
+def source_of(args: argparse.Namespace) -> Path | None:
+    """The directory that the stock loader will read: --load if that has a checkpoint, else --pretrained-checkpoint."""
+    for directory in (args.load, args.pretrained_checkpoint):
+        if directory is not None and Path(directory, TRACKER).is_file():
+            return Path(directory)
+    return None
+
+
+def require_files(args: argparse.Namespace, source: Path) -> None:
+    """Checks that the checkpoint's files are there, none is cut short, and they are those of this run's layout.
+
+    Raises:
+        ValueError: one sentence naming the file.
+    """
+    folder = iteration_of(args, source)
+    if not folder.is_dir():
+        raise ValueError(f"the checkpoint in {source} is not whole: there is no {folder.name} in it")
+    files = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))
+    if not files:
+        if not (folder / ".metadata").is_file():  # torch_dist and its kin have one
+            raise ValueError(f"{folder} holds no checkpoint: neither mp_rank_*/model_optim_rng.pt nor .metadata")
+        return
+    for file in files:
+        with file.open("rb") as content:
+            if content.read(2) == b"PK" and not zipfile.is_zipfile(file):
+                raise ValueError(f"{file} is cut short")
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    ranks = [f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else "") for t in range(tp) for p in range(pp)]
+    found = [file.parent.name for file in files]
+    if sorted(ranks) != found and not args.use_mp_args_from_checkpoint_args:
+        raise ValueError(
+            f"{folder} holds {_some(found)} and this run, tensor size {tp} and pipeline size {pp}, "
+            f"reads {_some(ranks)}: reshard it with scripts/transfer.sh"
+        )
+
+
+def iteration_of(args: argparse.Namespace, source: Path) -> Path:
+    """The folder of the weights that the stock loader will read: the newest, or that of --ckpt-step.
+
+    Raises:
+        ValueError: the tracker file is damaged.
+    """
+    newest = (source / TRACKER).read_text().strip()
+    if newest != "release" and not newest.isdecimal():
+        raise ValueError(f"{source / TRACKER} says {newest!r}, neither a step nor release")
+    step = args.ckpt_step if args.ckpt_step else newest
+    return source / ("release" if step == "release" else f"iter_{int(step):07d}")
+
+
+def carry_files(args: argparse.Namespace) -> None:
+    """Copies tokenizer, configuration, plan and command line beside the checkpoint into --save, unless they are there.
+
+    A later export reads them. Rank 0 does it, once, before training.
+    """
+    source = source_of(args)
+    if args.rank != 0 or not args.save or source is None or source.resolve() == Path(args.save).resolve():
+        return
+    for name in CARRIED:
+        origin, target = Path(source, name), Path(args.save, name)
+        if not origin.exists() or target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{name}.partial")
+        if origin.is_dir():
+            shutil.copytree(origin, aside, dirs_exist_ok=True)
+        else:
+            shutil.copy2(origin, aside)
+        aside.rename(target)
+
+
+# ... and while they are
+
+
+@contextlib.contextmanager
+def one_sentence(directory: str | Path | None) -> Iterator[None]:
+    """Turns every way in which the stock loader fails, or gives up with exit status 0, into a ValueError.
+
+    Raises:
+        ValueError: names the checkpoint and what was wrong.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("Could not find parameter group"):
+            raise ValueError(
+                f"the optimizer state in {directory} was saved under another --lr or --min-lr, which Megatron cannot "
+                "change on resuming: give the same again, or --finetune to take the weights alone"
+            ) from error
+        raise
+    except SystemExit as leave:
+        if leave.code:
+            raise
+        reason = leave.__context__ or "see the lines above"
+        raise ValueError(f"cannot load the checkpoint in {directory}: {_first_line(reason)}") from leave
+    except (Exception, CheckpointException) as error:
+        if other := _SCHEDULE.match(str(error)):
+            here, there, what = other.groups()
+            unit = " samples" * ("iterations" in what)  # iterations times the global batch size
+            raise ValueError(
+                f"the checkpoint in {directory} has another schedule: its {what} is {there}{unit} and this run's "
+                f"{here}{unit}; add --override-opt-param-scheduler to go on with this run's schedule"
+            ) from error
+        raise ValueError(f"cannot load the checkpoint in {directory}: {_first_line(error)}") from error
+
+
+def load_strictly(stock_load: Callable[..., Any], models: list[Any], *args: Any, **kwargs: Any) -> Any:
+    """Loads a checkpoint through the stock loader, and takes all of it or nothing.
+
+    Args:
+        stock_load: megatron.training.checkpointing.load_checkpoint.
+        models: this rank's model chunks.
+        args: passed on.
+        kwargs: passed on.
+
+    Returns:
+        what the stock loader returns: the iteration and the floating point operations so far.
+
+    Raises:
+        ValueError: a weight is missing, is not in this model, or has another shape; or a file is missing or unreadable.
+    """
+    source = source_of(get_args())
+    if source is None:  # a fresh start, see require_checkpoint
+        return stock_load(models, *args, **kwargs)
+    checked = functools.partial(_checked_dist_load, dist_checkpointing.load, source)
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(one_sentence(source))
+        if (iteration_of(get_args(), source) / ".metadata").is_file():
+            # --ckpt-format says how to save; the stock loader also asks it, and not the files, for what to load.
+            patches.enter_context(mock.patch.object(get_args(), "ckpt_format", "torch_dist"))
+        patches.enter_context(mock.patch.object(dist_checkpointing, "load", checked))
+        for model in models:
+            load = functools.partial(_checked_load, model, model.load_state_dict, source)
+            patches.enter_context(mock.patch.object(model, "load_state_dict", load))
+        return stock_load(models, *args, **kwargs)
+
+
+def _checked_load(
+    model: torch.nn.Module, load: Callable[..., Any], source: Path, state: dict[str, Any], strict: bool = True
+) -> Any:
+    """`model.load_state_dict` that compares names and shapes first and cannot be talked into strict=False."""
+    expected = {name: tuple(weight.shape) for name, weight in _weights(model.state_dict()).items()}
+    renamed = _with_norms_named_as_in(expected, state)
+    found = {name: tuple(weight.shape) for name, weight in _weights(renamed).items()}
+    _compare(source, expected, found)
+    if renamed.keys() != state.keys():
+        _refuse_flat_optimizer(source)
+    return load(renamed, strict=False)  # only `_extra_state`, which may be left out, can differ now
+
+
+def _with_norms_named_as_in(names: Container[str], state: dict[str, Any]) -> dict[str, Any]:
+    """`state` of a `torch` checkpoint with each norm under that one of its two names that is among `names`.
+
+    TransformerEngine's linears own the norm before them, and say so in its name; the local layers keep it apart.
+    (`torch_dist` has one name for both.)
+    """
+
+    def renamed(name: str) -> str:
+        inside = re.fullmatch(r"(decoder\.layers\.\d+\.)(.+)", name)
+        other = inside[1] + _OTHER_NORM.get(inside[2], inside[2]) if inside else name
+        return other if other in names and other not in state else name
+
+    return {renamed(name): value for name, value in state.items()}
+
+
+def _refuse_flat_optimizer(source: Path) -> None:
+    """The distributed optimizer's state lies flat in the order of the weights, which is another in the other layers."""
+    args = get_args()
+    resumes = not args.finetune and not args.no_load_optim and iteration_of(args, source).name != "release"
+    if args.use_distributed_optimizer and resumes:
+        raise ValueError(
+            f"the checkpoint in {source} is of other layers (--transformer-impl) than this run's: its distributed "
+            "optimizer cannot be resumed; add --no-load-optim, or --finetune"
+        )
+
+
+def _checked_dist_load(
+    load: Callable[..., Any], source: Path, wanted: dict[str, Any], directory: str, *rest: Any, **kw: Any
+) -> Any:
+    """`dist_checkpointing.load` that compares the names and shapes of all ranks' weights with what is stored."""
+    mine: dict[str, tuple[int, ...]] = {}
+    for key, part in wanted.items():
+        if re.fullmatch(r"model\d*", key):
+            for value in nested_values(part):
+                pieces = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
+                mine |= {piece.key: tuple(piece.global_shape) for piece in pieces if isinstance(piece, ShardedTensor)}
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    expected = {name: shape for shapes in everyone for name, shape in shapes.items()}
+    stored = dist_checkpointing.load_tensors_metadata(directory)
+    found = {name: tuple(tensor.global_shape) for name, tensor in stored.items() if not _is_optimizer(name)}
+    _compare(source, expected, found)
+    return load(wanted, directory, *rest, **kw)
+
+
+def _compare(source: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"it lacks {_some(missing)}"] * bool(missing) + [f"this model has no {_some(extra)}"] * bool(extra)
+        raise ValueError(f"the checkpoint in {source} does not fit this model: {'; '.join(parts)}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(
+                f"the checkpoint in {source} does not fit this model: {name} is {found[name]} there and {shape} here"
+            )
+
+
+def _weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state") and value is not None}
+
+
+def _is_optimizer(name: str) -> bool:
+    return re.match(r"(chained_\d+\.)?optimizer\.", name) is not None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
