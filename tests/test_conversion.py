@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, LlamaForCausalLM
 
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
+from megatron.pruning.formats.format import SaveOptions
 from megatron.pruning.formats.huggingface import hf_output, read_hf_config
 from megatron.pruning.model.hf_config import config_from_hf, config_to_hf
 from megatron.pruning.model.layout import Layout
@@ -162,8 +163,8 @@ def test_evaluation_computes_the_exported_model_without_an_export(llama: Path, t
 def test_sharded_safetensors_in_and_out(tmp_path: Path) -> None:
     source = make_llama(tmp_path / "hf", "gqa", max_shard_size="60KB")
     assert len(list(source.glob("*.safetensors"))) > 2
-    files, texts = hf_output(open_checkpoint(source), None, shard_bytes=50_000)
-    write_files(files, texts, tmp_path / "out", "writing", False, World())
+    files, texts = hf_output(open_checkpoint(source), SaveOptions(), shard_bytes=50_000)
+    write_files(files, texts, tmp_path / "out", "writing", False, [], World())
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(files) > 3
     wanted, found = tensors(source), tensors(tmp_path / "out")
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)

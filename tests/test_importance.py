@@ -10,7 +10,7 @@ from test_conversion import convert
 from test_pruning import plan_of, prune
 
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.plan.choose import spaced_layers
+from megatron.pruning.plan.choose import spaced
 from megatron.pruning.plan.magnitude import magnitude
 
 
@@ -44,7 +44,7 @@ def test_magnitude_keeps_the_largest_and_says_so_in_the_plan(gqa: Path, tmp_path
     flags = ["--criterion=magnitude", "--ffn-hidden-size-remain=40", "--hidden-size-remain=24", "--format=hf"]
     plan = plan_of(prune(gqa, tmp_path / "p", *flags))
     scores = magnitude(open_checkpoint(gqa))
-    assert plan.criterion == "magnitude"
+    assert plan.evidence.criterion == "magnitude"
     for layer in range(4):
         assert plan.ffn[layer].tolist() == sorted(np.argsort(-scores("ffn", layer))[:40].tolist())
     assert plan.hidden.tolist() == sorted(np.argsort(-scores("hidden", None))[:24].tolist())
@@ -55,11 +55,11 @@ def test_magnitude_keeps_the_largest_and_says_so_in_the_plan(gqa: Path, tmp_path
 
 
 def test_layers_that_need_not_be_named_are_dropped_evenly(gqa: Path, tmp_path: Path) -> None:
-    assert spaced_layers(32, 28) == (6, 12, 19, 25)
-    assert spaced_layers(40, 40) == () and spaced_layers(4, 1) == (1, 2, 3) and spaced_layers(3, 2) == (1,)
+    assert spaced(32, 4) == (6, 12, 19, 25)
+    assert spaced(40, 0) == () and spaced(4, 3) == (1, 2, 3) and spaced(3, 1) == (1,)
     for layers in range(1, 90):
         for keep in range(1, layers + 1):
-            dropped = spaced_layers(layers, keep)
+            dropped = spaced(layers, layers - keep)
             assert len(set(dropped)) == layers - keep and (not dropped or 0 < min(dropped) <= max(dropped) < layers)
     assert plan_of(prune(gqa, tmp_path / "p", "--num-layers-remain=2", "--format=hf")).layers.tolist() == [0, 3]
     with pytest.raises(ValueError, match="--num-layers-remain 5 must lie between 1 and the parent's 4"):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_conversion import convert
 
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
+from megatron.pruning.formats.format import SaveOptions
 from megatron.pruning.formats.megatron_dist import dist_output
 from megatron.pruning.model.hf_config import config_from_hf, config_to_hf
 from megatron.pruning.model.layout import Layout
@@ -143,7 +144,7 @@ def test_older_names_of_a_tied_pipeline_with_its_copy_are_read(tmp_path: Path) -
 
 
 def test_torch_dist_by_layer_and_without_common_pt_is_read(gqa: Path, tmp_path: Path) -> None:
-    (whole,), texts = dist_output(open_checkpoint(gqa), Layout(), None)
+    (whole,), texts = dist_output(open_checkpoint(gqa), SaveOptions())
     pieces = [
         Piece(piece.name.replace("layers.", f"layers.{piece.layer}.", 1) if piece.layer is not None else piece.name,
               None, piece.view)
@@ -153,7 +154,7 @@ def test_torch_dist_by_layer_and_without_common_pt_is_read(gqa: Path, tmp_path: 
         common = torch.load(BytesIO(texts.pop("release/common.pt")), weights_only=True)
     file = DistFile(whole.name, pieces, {"common_state/shard_0_1": object_bytes([common])})
     texts["release/.metadata"] = metadata_bytes([file], 4)
-    write_files([file], texts, tmp_path / "m", "writing", False, World())
+    write_files([file], texts, tmp_path / "m", "writing", False, [], World())
     wanted, found = tensors(gqa), tensors(convert(tmp_path / "m", tmp_path / "out", format="hf"))
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
 

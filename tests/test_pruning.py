@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import fingerprint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.weights import TABLE, split_dim
-from megatron.pruning.plan.choose import best, random_criterion
-from megatron.pruning.plan.decide import Target, make_plan
+from megatron.pruning.plan.choose import CRITERIA, Criterion, best, random
+from megatron.pruning.plan.decide import PruneRequest, decide
 from megatron.pruning.plan.plan import Plan, from_ranges, to_ranges
 
 WIDTHS = {  # what remains of each shape of conftest.py: every axis but the hidden size, which comes apart
@@ -145,7 +146,7 @@ def test_same_seed_same_plan_and_another_seed_another(gqa: Path, tmp_path: Path)
 
 def test_random_choice_is_pinned() -> None:
     # A seed must give the same plan with every later numpy.
-    scores = random_criterion(1234, {"ffn": 12})("ffn", 3)
+    scores = random(SimpleNamespace(config=SimpleNamespace(sizes={"ffn": 12})), 1234, None)("ffn", 3)
     assert best(scores, 6, blocks=2).tolist() == [2, 4, 5, 6, 8, 11]
 
 
@@ -186,7 +187,7 @@ def test_plan_is_refused_on_another_parent_and_when_tampered_with(gqa: Path, tmp
     content = json.loads(file.read_text())
     old = {name: value for name, value in content.items() if name not in ADDED_TO_PLANS}
     (tmp_path / "old.json").write_text(json.dumps(old))
-    assert plan_of(prune(gqa, tmp_path / "old", "--plan", str(tmp_path / "old.json"))).criterion == "random"
+    assert plan_of(prune(gqa, tmp_path / "old", "--plan", str(tmp_path / "old.json"))).evidence.criterion == "random"
     for change, message in (
         (lambda c: c["keep"].update(hidden="0-99"), "must ascend within 0-39"),
         (lambda c: c["keep"]["per_layer"][0].update(heads="0-6"), "same number of its own heads|kept in one layer"),
@@ -211,13 +212,13 @@ def test_plan_is_refused_on_another_parent_and_when_tampered_with(gqa: Path, tmp
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
-def test_balance_keeps_the_same_number_in_every_block(gqa: Path, tensor: int) -> None:
+def test_balance_keeps_the_same_number_in_every_block(gqa: Path, tensor: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     table = {axis: rng.random((4, size)) for axis, size in (("groups", 4), ("heads", 8), ("ffn", 72))}
-    plan = make_plan(
-        open_checkpoint(gqa), Target(heads=4, ffn=40), lambda axis, layer: table[axis][layer],
-        layout=Layout(tensor),
-    )  # fmt: skip
+    criterion = Criterion("what the table says", lambda *_: lambda axis, layer: table[axis][layer])
+    monkeypatch.setitem(CRITERIA, "table", criterion)
+    request = PruneRequest(layout=Layout(tensor), remain={"heads": 4, "ffn": 40}, criterion="table")
+    plan = decide(request, open_checkpoint(gqa))
     for layer in range(4):
         counts = np.bincount(plan.ffn[layer] * tensor // 72, minlength=tensor)
         assert counts.tolist() == [40 // tensor] * tensor

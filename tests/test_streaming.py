@@ -30,12 +30,12 @@ from megatron.pruning.model.layout import Layout
 from megatron.pruning.storage import direct_write
 from megatron.pruning.storage.dcp_file import read_metadata
 from megatron.pruning.storage.direct_write import Segment, fill, finish
+from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.manifest import MANIFEST, Digest, manifest_bytes, read_manifest, verify
 from megatron.pruning.storage.torch_writer import archive, tensor
 from megatron.pruning.storage.views import (
     BITS,
     BLOCK_BYTES,
-    BYTES,
     Bits,
     File,
     Index,

@@ -30,7 +30,8 @@ from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.hf_config import config_to_hf, hf_export_problem
-from megatron.pruning.storage.views import TORCH_NAMES, cast, read_all
+from megatron.pruning.storage.dtypes import TORCH_NAMES
+from megatron.pruning.storage.views import cast, read_all
 from megatron.pruning.training.tokens import windows
 
 

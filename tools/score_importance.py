@@ -25,14 +25,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from megatron.pruning.cli.entry import is_first, run
+from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, natural, new_parser, positive
 from megatron.pruning.formats import open_checkpoint
+from megatron.pruning.model.axes import PRUNABLE
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.plan.scores import AXES, Calibration, read, shapes, write
+from megatron.pruning.plan.scores import Facts, Scores, read, shapes, write
+from megatron.pruning.storage.dtypes import TORCH_NAMES
+from megatron.pruning.storage.processes import is_first
 from megatron.pruning.storage.progress import Progress
-from megatron.pruning.storage.views import TORCH_NAMES
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.quiet import quiet_imports
 from megatron.pruning.training.tokens import Tokens, windows
@@ -115,12 +117,12 @@ def main(argv: Sequence[str]) -> None:
         torch.distributed.destroy_process_group()
 
 
-def nothing_yet(checkpoint: Checkpoint, text: Tokens, loss_sequences: int, dtype: str) -> Calibration:
+def nothing_yet(checkpoint: Checkpoint, text: Tokens, loss_sequences: int, dtype: str) -> Scores:
     """Return the sums over no sequence of `text` at all."""
     from megatron.pruning.training.record_scores import POSITIONS
 
-    sizes, length = {axis: checkpoint.config.sizes[axis] for axis in AXES}, text.shape[1] - 1
-    return Calibration(
+    sizes, length = {axis: checkpoint.config.sizes[axis] for axis in PRUNABLE}, text.shape[1] - 1
+    facts = Facts(
         parent=fingerprint(checkpoint) if is_first() else "",
         text=hashlib.sha256(np.ascontiguousarray(text)).hexdigest()[:16],
         dtype=dtype,
@@ -131,21 +133,21 @@ def nothing_yet(checkpoint: Checkpoint, text: Tokens, loss_sequences: int, dtype
         loss_sequences=min(loss_sequences, len(text)),
         positions=min(length, POSITIONS),
         loss=0.0,
-        sums={name: np.zeros(shape) for name, shape in shapes(sizes).items()},
     )
+    return Scores(facts, {name: np.zeros(shape) for name, shape in shapes(sizes).items()})
 
 
-def score(save: Path, empty: Calibration, recorder: "Recorder", text: Tokens, copies: int, copy: int) -> None:
+def score(save: Path, empty: Scores, recorder: "Recorder", text: Tokens, copies: int, copy: int) -> None:
     """Go through the text, saving on the way; the sums so far lie beside `save` until all are in."""
     partial = save.with_name(f".{save.name}.partial")
     so_far = resume(partial, empty) if is_first() else empty
-    start = int(from_first(so_far.sequences))
-    progress = Progress("scoring", empty.sequences_wanted, is_first(), unit="sequences", before=start)
+    start = int(from_first(so_far.facts.sequences))
+    progress = Progress("scoring", empty.facts.sequences_wanted, is_first(), unit="sequences", before=start)
     began, every = time.monotonic(), 1  # rounds, one sequence for each copy, from one saving to the next
     rounds = range(start, len(text), copies)
     for number, first in enumerate(rounds, start=1):
         if first + copy < len(text):
-            recorder.sequence(text[first + copy], first + copy < empty.loss_sequences)
+            recorder.sequence(text[first + copy], first + copy < empty.facts.loss_sequences)
         progress.advance(min(copies, len(text) - first))
         if number % every == 0 or first == rounds[-1]:
             sums = recorder.collect()
@@ -163,22 +165,22 @@ def score(save: Path, empty: Calibration, recorder: "Recorder", text: Tokens, co
     progress.close()
     if is_first():
         partial.replace(save)
-        print(f"loss of the model on this text: {so_far.loss:.4f} nats a token, over {so_far.tokens:,} tokens")
+        print(f"loss of the model on this text: {so_far.facts.loss:.4f} nats a token, over {so_far.tokens:,} tokens")
         influence = ", ".join(f"{value:.3f}" for value in so_far.block_influence)
         print(f"block influence of layers 0 to {len(so_far.block_influence) - 1}: {influence}")
         print(f"saved: {save}")
 
 
-def add(so_far: Calibration, sums: dict[str, np.ndarray], sequences: int) -> Calibration:
+def add(so_far: Scores, sums: dict[str, np.ndarray], sequences: int) -> Scores:
     """Return `so_far` with the sums since, up to the first `sequences`. ValueError: they hold NaN or infinities."""
-    more = sequences - so_far.sequences
-    loss = float(sums.pop("loss")[0]) / (more * so_far.sequence_length)
+    more = sequences - so_far.facts.sequences
+    loss = float(sums.pop("loss")[0]) / (more * so_far.facts.sequence_length)
     if not all(np.isfinite(array).all() for array in (*sums.values(), np.float64(loss))):
         raise ValueError("the model gives NaN or infinite numbers on this text: its weights, or --dtype, do not do")
     return so_far.plus(sums, more, loss)
 
 
-def resume(partial: Path, empty: Calibration) -> Calibration:
+def resume(partial: Path, empty: Scores) -> Scores:
     """Return the sums that an interrupted run left at `partial`, or `empty` if there are none of this job."""
     if not partial.exists():
         return empty
@@ -190,7 +192,10 @@ def resume(partial: Path, empty: Calibration) -> Calibration:
     if not found.same_job(empty):
         print(f"note: starting over: {partial} is of another model, text or number of sequences", file=sys.stderr)
         return empty
-    print(f"going on after {found.sequences} of {found.sequences_wanted} sequences, from {partial}", flush=True)
+    print(
+        f"going on after {found.facts.sequences} of {found.facts.sequences_wanted} sequences, from {partial}",
+        flush=True,
+    )
     return found
 
 

@@ -26,22 +26,21 @@ from megatron.pruning.cli.flags import (
     say_source,
     set_vocabulary,
 )
-from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.storage.output import check_target
+from megatron.pruning.formats import check_target, open_checkpoint
 from megatron.pruning.storage.processes import World
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = new_parser("convert.py", __doc__)
     add_checkpoint_flags(parser)
     add_layout_flags(parser)
-    return parser.parse_args(hyphenated(argv))
+    return parser
 
 
 def main(argv: Sequence[str]) -> None:
     """Open, save."""
-    args = parse(argv)
+    args = parser().parse_args(hyphenated(argv))
     check_target(args.save, args.overwrite)
     source = open_checkpoint(args.load, args.iteration)
     set_vocabulary(source, args)

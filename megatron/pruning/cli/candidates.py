@@ -10,8 +10,9 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron.pruning.model.axes import PRUNABLE
 from megatron.pruning.plan.report import table
-from megatron.pruning.plan.shapes import AXES, Shape
+from megatron.pruning.plan.shapes import Shape
 from megatron.pruning.storage.small_files import write_durably
 
 STEPS = 200
@@ -70,9 +71,9 @@ def measure(
         ranking = [{"shape": i, "loss": loss, **shapes[i - 1].sizes} for i, loss in enumerate(losses, start=1)]
         write_durably(folder / "losses.json", (json.dumps(ranking, indent=1) + "\n").encode())
     order = sorted(range(len(shapes)), key=lambda i: losses[i])
-    rows: list[Sequence[str]] = [("rank", "shape", *AXES, "parameters", f"loss after {steps} steps")]
+    rows: list[Sequence[str]] = [("rank", "shape", *PRUNABLE, "parameters", f"loss after {steps} steps")]
     for rank, i in enumerate(order, start=1):
-        sizes = [f"{shapes[i].sizes[axis]:,}" for axis in AXES]
+        sizes = [f"{shapes[i].sizes[axis]:,}" for axis in PRUNABLE]
         rows.append((f"{rank}", f"{i + 1}", *sizes, f"{shapes[i].parameters:,}", f"{losses[i]:.4f}"))
     print(table(rows))
     print(f"take the first with --shape {order[0] + 1} instead of --candidates")

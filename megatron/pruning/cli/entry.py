@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from megatron.pruning.storage.processes import World
+from megatron.pruning.storage.processes import World, rank
 
 
 def run(main: Callable[[Sequence[str]], None], left: str = "nothing was left behind") -> None:
@@ -21,7 +21,7 @@ def run(main: Callable[[Sequence[str]], None], left: str = "nothing was left beh
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        if _rank() > 0 and not World.joined:  # every process of a torchrun meets the same mistake: say it once
+        if rank() > 0 and not World.joined:  # every process of a torchrun meets the same mistake: say it once
             sys.exit(1)
         _end(str(error), 1)
     except OSError as error:
@@ -45,18 +45,8 @@ def _end_by_signal(number: int, _: FrameType | None) -> NoReturn:
     raise _EndedError(number)
 
 
-def is_first() -> bool:
-    """Whether this is the process that speaks: alone, or rank 0 of a torchrun."""
-    return _rank() == 0
-
-
-def _rank() -> int:
-    rank = os.environ.get("RANK", "0")
-    return int(rank) if rank.isdecimal() else 0
-
-
 def _end(message: str, status: int) -> NoReturn:
-    where = f"[rank {_rank()}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    where = f"[rank {rank()}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     # A name out of a broken file may hold anything: line breaks, or what commands a terminal.
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:2000])
     print(f"{where}error: {plain}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the entry points share on the command line: two spellings of a flag, Megatron's flags, errors in a sentence."""
+"""What the entry points share on the command line: two spellings of a flag, checkpoints, layouts, Megatron's flags."""
 
 import argparse
 import dataclasses
@@ -6,15 +6,21 @@ import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron.pruning.formats import FORMATS, save_checkpoint
+from megatron.pruning.formats.megatron import LOCAL, TE
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.model.megatron_args import FEATURE_ARGS, LLAMA_ARGS
+from megatron.pruning.model.megatron_args import (
+    DEFAULT_ROPE_FACTOR,
+    LLAMA_ARGS,
+    OF_THE_TRAINING,
+    flag_of,
+    model_args,
+)
+from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.processes import World
-from megatron.pruning.storage.views import BYTES
 
 _FLAGS_FILE = Path(__file__).with_name("megatron_flags.txt")
 
@@ -71,18 +77,27 @@ def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name a source and a target checkpoint."""
+    formats = "; ".join(f"{format.name}: {format.summary}" for format in FORMATS.values())
     group = parser.add_argument_group("checkpoints")
-    group.add_argument("--load", type=Path, required=True, metavar="DIR", help="source: Hugging Face or Megatron")
-    group.add_argument("--iteration", type=int, metavar="N", help="of a Megatron source (default: the latest)")
-    group.add_argument("--save", type=Path, required=True, metavar="DIR", help="target")
-    group.add_argument("--vocab-size", metavar="N", help="without padding, for a Megatron source that does not say it")
+    group.add_argument("--load", type=Path, required=True, metavar="DIR", help="source; its format is detected")
+    group.add_argument(
+        "--iteration", type=int, metavar="N", help="iteration of a Megatron source (default: the latest)"
+    )
+    group.add_argument("--save", type=Path, required=True, metavar="DIR", help="target; it must not exist")
     group.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --save")
-    group.add_argument("--format", choices=FORMATS, default="torch", help="of --save (default: Megatron's torch)")
-    group.add_argument("--dtype", choices=tuple(BYTES), help="of --save (default: each tensor's own)")
+    group.add_argument(
+        "--format", choices=tuple(FORMATS), default="torch", help=f"format of the target (default torch). {formats}"
+    )
+    group.add_argument(
+        "--dtype", choices=tuple(BYTES), help="dtype of the target (default: every tensor keeps its own, bit for bit)"
+    )
     group.add_argument(
         "--transformer-impl",
-        choices=("local", "transformer_engine"),
-        help="whose layers will load a torch checkpoint: they name the norms differently (default: as the source)",
+        choices=(LOCAL, TE),
+        help="whose layers will load a torch target: they name the norms differently (default: the source's)",
+    )
+    group.add_argument(
+        "--vocab-size", metavar="N", help="vocabulary without padding, for a Megatron source that does not say it"
     )
 
 
@@ -135,13 +150,13 @@ def save_as_asked(
         world=world,
     )
     if world.rank == 0:
-        print(f"saved: {args.save} ({args.format}{f' {layout}' if args.format != 'hf' else ''})")
+        print(f"saved: {args.save} ({args.format}{f' {layout}' if FORMATS[args.format].parallel else ''})")
 
 
 def add_layout_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name the target's layout; left out, the source's layout is kept."""
     group = parser.add_argument_group(
-        "layout of the target", "left out: the source's, or 1 x 1 for a Hugging Face source"
+        "layout of the target", "default: the source's, or 1 x 1 of a Hugging Face source"
     )
     group.add_argument("--tensor-model-parallel-size", type=int, metavar="N", help="tensor-parallel ranks")
     group.add_argument("--pipeline-model-parallel-size", type=int, metavar="M", help="pipeline-parallel ranks")
@@ -149,13 +164,13 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
         "--make-vocab-size-divisible-by",
         type=int,
         metavar="D",
-        help="the padded vocabulary is a multiple of D * N (default 128)",
+        help="the vocabulary is padded to a multiple of D * N (default 128)",
     )
 
 
 def layout_from_flags(args: argparse.Namespace, source: Layout | None) -> Layout:
     """Return the target's layout. Raises ValueError for a size below 1."""
-    default = Layout() if source is None or args.format == "hf" else source
+    default = source if source is not None and FORMATS[args.format].parallel else Layout()
     return Layout(
         default.tensor if args.tensor_model_parallel_size is None else args.tensor_model_parallel_size,
         default.pipeline if args.pipeline_model_parallel_size is None else args.pipeline_model_parallel_size,
@@ -165,50 +180,26 @@ def layout_from_flags(args: argparse.Namespace, source: Layout | None) -> Layout
 
 def check_model_flags(args: argparse.Namespace, config: LlamaConfig, layout: Layout, where: Path) -> None:
     """Raise ValueError where a Megatron flag that describes the model disagrees with the checkpoint."""
-    wanted: dict[str, Any] = {
-        **LLAMA_ARGS,
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.ffn_hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "kv_channels": config.head_dim,
-        "max_position_embeddings": config.max_position_embeddings,
-        "norm_epsilon": config.norm_epsilon,
-        "layernorm_epsilon": config.norm_epsilon,
-        "rotary_base": config.rope_theta,
-        "vocab_size": config.vocab_size,
-        "padded_vocab_size": layout.padded_vocab(config.vocab_size),
-        "untie_embeddings_and_output_weights": not config.tied,
-        "use_rope_scaling": config.rope_scaling is not None,
-        **{arg: feature in config.features for feature, arg in FEATURE_ARGS.items()},
-        # Megatron heeds the groups only with --group-query-attention, and then takes 1 for granted.
-        "num_query_groups": config.num_query_groups,
-    }
-    given = {name: getattr(args, name, None) for name in wanted}
-    if args.use_rope_scaling and config.rope_scaling is not None:
-        wanted["rope_scaling_factor"] = config.rope_scaling.get("factor")
-        given["rope_scaling_factor"] = args.rope_scaling_factor or "8.0"
-    if args.group_query_attention:
-        given["num_query_groups"] = args.num_query_groups or "1"
-    else:
-        given["num_query_groups"] = None
+    wanted = {**LLAMA_ARGS, **model_args(config, layout), "layernorm_epsilon": config.norm_epsilon}
+    given = {name: getattr(args, name, None) for name in wanted if name not in OF_THE_TRAINING}
+    # Megatron heeds these only with another flag, and then takes a default for granted.
+    heeded = args.use_rope_scaling and config.rope_scaling is not None
+    given["rope_scaling_factor"] = (args.rope_scaling_factor or DEFAULT_ROPE_FACTOR) if heeded else None
+    given["num_query_groups"] = (args.num_query_groups or 1) if args.group_query_attention else None
+    given["group_query_attention"] = None
     for name, value in given.items():
         if value in (None, False) or value == wanted[name]:
             continue
         if value is True or isinstance(wanted[name], str | None) or _number(name, value) != wanted[name]:
             shown = "" if value is True else f" {value}"
-            raise ValueError(f"{_flag(name)}{shown} disagrees with {where}, whose model has {wanted[name]}")
+            raise ValueError(f"{flag_of(name)}{shown} disagrees with {where}, whose model has {wanted[name]}")
     for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
         if getattr(args, name, None) is not None:
-            raise ValueError(f"{_flag(name)}: checkpoints of a virtual pipeline are not written; leave it out")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+            raise ValueError(f"{flag_of(name)}: checkpoints of a virtual pipeline are not written; leave it out")
 
 
 def _number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{_flag(name)} {text}: not a number") from None
+        raise ValueError(f"{flag_of(name)} {text}: not a number") from None

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor
+from megatron.pruning.formats.format import Format, Output, SaveOptions
 from megatron.pruning.model.checkpoint import Checkpoint, carried_files_of
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.hf_config import config_from_hf, config_to_hf, hf_export_problem
-from megatron.pruning.model.weights import Weight, all_weights, weight_shape
-from megatron.pruning.storage.output import OutputFile
+from megatron.pruning.model.weights import WeightRow, all_weights, weight_shape
 from megatron.pruning.storage.safetensors_file import SafetensorsFile, read_safetensors
 from megatron.pruning.storage.small_files import as_json, parse_json, read_small
 from megatron.pruning.storage.views import File, Stored, View, cast
 
+CONFIG_FILE = "config.json"
 SHARD_BYTES = 5_000_000_000
 _MAX_JSON_BYTES = 10_000_000  # of a config.json or an index
 
@@ -27,10 +28,10 @@ class HfCheckpoint(Checkpoint):
 
     format, layout = "hf", None
 
-    def __init__(self, path: Path) -> None:
-        self.path = self.root = path
+    def __init__(self, path: Path, directory: Path) -> None:
+        self.path, self.root, self.tokenizer_folder = path, directory, directory
         self.files = _weight_files(path)
-        self.config = read_hf_config(path / "config.json")
+        self.config = read_hf_config(path / CONFIG_FILE)
         self._stored: dict[str, Stored] = {}
         for file in self.files:
             reader = read_safetensors if file.suffix == ".safetensors" else _read_bin
@@ -50,7 +51,7 @@ class HfCheckpoint(Checkpoint):
         for key, weight in expected.items():
             check_tensor(str(self.path), key, self._stored[key], weight_shape(weight, self.config.sizes))
 
-    def weight(self, weight: Weight, layer: int | None) -> View:
+    def weight(self, weight: WeightRow, layer: int | None) -> View:
         return self._stored[weight.hf_key(layer)]
 
     def carried_files(self) -> dict[str, bytes]:
@@ -98,9 +99,7 @@ def _read_bin(path: Path) -> dict[str, Stored]:
     return {key: stored(file, key, tensor) for key, tensor in content.items() if not _IGNORED.fullmatch(key)}
 
 
-def hf_output(
-    checkpoint: Checkpoint, dtype: str | None, shard_bytes: int = SHARD_BYTES
-) -> tuple[list[OutputFile], dict[str, bytes]]:
+def hf_output(checkpoint: Checkpoint, options: SaveOptions, shard_bytes: int = SHARD_BYTES) -> Output:
     """Return the weight files and the small files of `checkpoint` in Hugging Face's format.
 
     Raises ValueError for a shape that transformers would not load.
@@ -110,7 +109,7 @@ def hf_output(
     shards: list[dict[str, View]] = [{}]
     size = 0
     for weight, layer, view in checkpoint.weights():
-        out = cast(view, dtype)
+        out = cast(view, options.dtype)
         if shards[-1] and size + out.nbytes > shard_bytes:
             shards.append({})
             size = 0
@@ -121,11 +120,26 @@ def hf_output(
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = [SafetensorsFile(name, views) for name, views in zip(names, shards, strict=True)]
     texts = {
-        "config.json": as_json(config_to_hf(checkpoint.config, dtype or checkpoint.dtype)),
+        CONFIG_FILE: as_json(config_to_hf(checkpoint.config, options.dtype or checkpoint.dtype)),
         **checkpoint.carried_files(),
     }
     if len(shards) > 1:
         where = {key: file.name for file in files for key in file.views}
         total = sum(file.nbytes for file in files)
         texts["model.safetensors.index.json"] = as_json({"metadata": {"total_size": total}, "weight_map": where})
-    return list(files), texts
+    return files, texts
+
+
+def _detect(path: Path, iteration: int | None) -> Path | None:
+    return path if (path / CONFIG_FILE).is_file() and iteration is None else None
+
+
+FORMAT = Format(
+    name="hf",
+    summary="Hugging Face's safetensors",
+    mark=CONFIG_FILE,
+    detect=_detect,
+    open=HfCheckpoint,
+    write=hf_output,
+    parallel=False,
+)

@@ -15,16 +15,18 @@ import numpy as np
 
 from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor
 from megatron.pruning.formats.huggingface import read_hf_config
-from megatron.pruning.model.axes import axes
+from megatron.pruning.model.axes import axes_of
 from megatron.pruning.model.checkpoint import Checkpoint, carried_files_of
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.hf_config import config_to_hf
 from megatron.pruning.model.layout import Layout, fuse, fused_shape, pad_rows, unfuse
 from megatron.pruning.model.megatron_args import config_from_args, config_to_command_line
-from megatron.pruning.model.weights import FIRST, LAST, TABLE, Weight, layer_weights, split_dim
+from megatron.pruning.model.weights import FIRST, LAST, TABLE, WeightRow, layer_weights, split_dim
+from megatron.pruning.storage.dcp_file import METADATA
 from megatron.pruning.storage.small_files import as_json, read_small
 from megatron.pruning.storage.views import View, cast, concat, read_all, take
 
+TE, LOCAL = "transformer_engine", "local"  # whose layers a checkpoint is of: --transformer-impl
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FILES = "huggingface"  # config.json and tokenizer, carried for the way back
 ARGS_FILE = "megatron_args.txt"
@@ -97,7 +99,7 @@ def find_iteration(path: Path, iteration: int | None = None) -> Path | None:
         if not directory.is_dir():
             raise ValueError(f"{path / TRACKER} names {directory.name}, which is not in {path}")
         return directory
-    return path if (path / ".metadata").is_file() or any(path.glob("mp_rank_*")) else None
+    return path if (path / METADATA).is_file() or any(path.glob("mp_rank_*")) else None
 
 
 class MegatronCheckpoint(Checkpoint):
@@ -106,11 +108,12 @@ class MegatronCheckpoint(Checkpoint):
     def __init__(self, path: Path, directory: Path, args: Namespace, layout: Layout | None) -> None:
         self.path, self.layout = path, layout
         self.root = path if (path / TRACKER).is_file() else directory.resolve().parent
+        self.tokenizer_folder = self.root / HF_FILES
         self.args = args
         # (Megatron name, layer) -> the shards of all tensor ranks
         self.shards: dict[tuple[str, int | None], list[View]] = {}
         self.config = self._read_config(directory)
-        self.transformer_impl = getattr(args, "transformer_impl", None) or "local"
+        self.transformer_impl = getattr(args, "transformer_impl", None) or LOCAL
 
     def _read_config(self, directory: Path) -> LlamaConfig:
         config = config_from_args(self.args, str(directory))
@@ -119,8 +122,9 @@ class MegatronCheckpoint(Checkpoint):
         if carried.is_file():
             hf = read_hf_config(carried)
             vocab = config.vocab_size if getattr(self.args, "vocab_size", None) else hf.vocab_size
-            other = hf.other if hf.features == config.features else {}
-            config = dataclasses.replace(config, vocab_size=vocab, other=other)
+            config = dataclasses.replace(config, vocab_size=vocab)
+            if hf.features == config.features:  # the arguments do not tell families apart that have the same rows
+                config = dataclasses.replace(config, family=hf.family, other=hf.other)
         return config
 
     @functools.cache  # noqa: B019 - a checkpoint lives as long as its process
@@ -170,7 +174,7 @@ class MegatronCheckpoint(Checkpoint):
         if rows < config.vocab_size:
             raise ValueError(f"{where}: its embedding has {rows} rows for a vocabulary of {config.vocab_size}")
 
-    def weight(self, weight: Weight, layer: int | None) -> View:
+    def weight(self, weight: WeightRow, layer: int | None) -> View:
         shards = self.shards[weight.megatron, layer]
         dim = split_dim(weight)
         if dim is None:
@@ -234,7 +238,7 @@ def _rank_view(checkpoint: Checkpoint, name: str, layer: int | None, layout: Lay
             if weight.dims[dim] == "vocab":
                 view = pad_rows(view, padded)
             # The split axis is the outermost of its dim: each of its indices stands for `inner` elements.
-            axis, *inner_axes = axes(weight.dims[dim])
+            axis, *inner_axes = axes_of(weight.dims[dim])
             inner = math.prod(config.sizes[axis] for axis in inner_axes)
             view = take(view, dim, np.arange(bounds[axis][0] * inner, bounds[axis][1] * inner))
         parts.append(view)

@@ -12,8 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from megatron.pruning.formats.format import Format, Output, SaveOptions
 from megatron.pruning.formats.huggingface import SHARD_BYTES
-from megatron.pruning.formats.megatron import MegatronCheckpoint, full_key, is_known, rank_views, side_files, split_key
+from megatron.pruning.formats.megatron import (
+    TRACKER,
+    MegatronCheckpoint,
+    find_iteration,
+    full_key,
+    is_known,
+    rank_views,
+    side_files,
+    split_key,
+)
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.megatron_args import config_to_args
@@ -29,7 +39,6 @@ from megatron.pruning.storage.dcp_file import (
     object_bytes,
     read_metadata,
 )
-from megatron.pruning.storage.output import OutputFile
 from megatron.pruning.storage.small_files import as_json
 from megatron.pruning.storage.torch_reader import load_torch
 from megatron.pruning.storage.views import File, View, cast, concat
@@ -139,12 +148,15 @@ def _read_args(directory: Path, entries: dict[str, Entry]) -> Namespace:
     return args
 
 
-def dist_output(checkpoint: Checkpoint, layout: Layout, dtype: str | None) -> tuple[list[OutputFile], dict[str, bytes]]:
+def dist_output(checkpoint: Checkpoint, options: SaveOptions) -> Output:
     """Return the .distcp files and the small files of `checkpoint` in the format `torch_dist`, under `release/`.
 
-    `layout` is a hint for training only: the weights are stored whole and load in any layout.
+    The layout is a hint for training only: the weights are stored whole and load in any layout. Raises ValueError
+    unless the model divides evenly over its ranks, as it must when it is loaded.
     """
-    config = checkpoint.config
+    config, layout, dtype = checkpoint.config, options.layout, options.dtype
+    layout.check_split(config.sizes, "the model's")
+    layout.check_stages(config.sizes, "the model's")
     whole = Layout(vocab_divisor=layout.padded_vocab(config.vocab_size))
     pieces = []
     views = rank_views(checkpoint, whole, 0, 0)
@@ -181,7 +193,7 @@ def dist_output(checkpoint: Checkpoint, layout: Layout, dtype: str | None) -> tu
     texts["release/common.pt"] = object_bytes(common)
     versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     texts["release/metadata.json"] = as_json({**versions, "common_backend": "torch", "common_backend_version": 1})
-    return list(files), texts
+    return files, texts
 
 
 def _parts(pieces: Sequence[Piece]) -> list[list[Piece]]:
@@ -195,3 +207,18 @@ def _parts(pieces: Sequence[Piece]) -> list[list[Piece]]:
         parts[-1].append(piece)
         size += piece.view.nbytes
     return parts
+
+
+def _detect(path: Path, iteration: int | None) -> Path | None:
+    directory = find_iteration(path, iteration)
+    return directory if directory is not None and (directory / METADATA).is_file() else None
+
+
+FORMAT = Format(
+    name="torch_dist",
+    summary="Megatron's newer format, one for all layouts",
+    mark=TRACKER,
+    detect=_detect,
+    open=DistCheckpoint,
+    write=dist_output,
+)

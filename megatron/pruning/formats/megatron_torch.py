@@ -7,11 +7,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.pruning.formats.megatron import MegatronCheckpoint, full_key, is_known, rank_views, side_files, split_key
+from megatron.pruning.formats.format import Format, Output, SaveOptions
+from megatron.pruning.formats.megatron import (
+    TE,
+    TRACKER,
+    MegatronCheckpoint,
+    find_iteration,
+    full_key,
+    is_known,
+    rank_views,
+    side_files,
+    split_key,
+)
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.megatron_args import config_from_args, config_to_args
 from megatron.pruning.model.weights import FIRST
+from megatron.pruning.storage.dcp_file import METADATA
 from megatron.pruning.storage.output import OutputFile
 from megatron.pruning.storage.torch_reader import load_torch, stored
 from megatron.pruning.storage.torch_writer import archive, tensor
@@ -75,7 +87,7 @@ class TorchCheckpoint(MegatronCheckpoint):
             if layer is None and not (is_first if name == FIRST[0].megatron else is_last):
                 raise ValueError(f"{path} holds {key}, which belongs to another pipeline stage: its files are mixed up")
             if key.endswith(".layer_norm_weight"):
-                self.transformer_impl = "transformer_engine"
+                self.transformer_impl = TE
             if layer is not None:
                 layers.add(layer)
                 layer += first_layer
@@ -187,14 +199,14 @@ def _load_rank(path: Path) -> dict[str, Any]:
     return content
 
 
-def torch_output(
-    checkpoint: Checkpoint, layout: Layout, dtype: str | None, transformer_impl: str
-) -> tuple[list[OutputFile], dict[str, bytes]]:
+def torch_output(checkpoint: Checkpoint, options: SaveOptions) -> Output:
     """Return the rank files and the small files of `checkpoint` in the format `torch`, under `release/`.
 
-    `transformer_impl` says whose layers are to load it, `local` or `transformer_engine`: they name norms differently.
+    Raises ValueError unless the model can be cut to the layout.
     """
-    te = transformer_impl == "transformer_engine"
+    layout, dtype = options.layout, options.dtype
+    checkpoint.check_layout(layout)
+    te = (options.transformer_impl or checkpoint.transformer_impl) == TE
     header = {"checkpoint_version": 3.0, "iteration": 0}
     files: list[OutputFile] = []
     for p in range(layout.pipeline):
@@ -221,3 +233,19 @@ class TorchFile(OutputFile):
         model = {key: tensor(view, number) for number, (key, view) in enumerate(self.views.items())}
         sizes = {key: view.nbytes for key, view in self.views.items()}
         return archive({**self.header, "model": model}, sizes, checksums)
+
+
+def _detect(path: Path, iteration: int | None) -> Path | None:
+    directory = find_iteration(path, iteration)
+    return None if directory is None or (directory / METADATA).is_file() else directory
+
+
+FORMAT = Format(
+    name="torch",
+    summary="Megatron-LM's mp_rank_TT[_PPP] shards",
+    mark=TRACKER,
+    detect=_detect,
+    open=TorchCheckpoint,
+    write=torch_output,
+    sharded=True,
+)

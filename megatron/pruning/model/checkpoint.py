@@ -10,9 +10,10 @@ import numpy as np
 
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.model.weights import Weight, all_weights
+from megatron.pruning.model.weights import WeightRow, all_weights
+from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.small_files import read_small
-from megatron.pruning.storage.views import BYTES, View
+from megatron.pruning.storage.views import View
 
 PLAN_FILE = "prune_plan.json"  # lies beside the weights of a pruned checkpoint
 
@@ -45,10 +46,11 @@ class Checkpoint(ABC):
     config: LlamaConfig
     transformer_impl: str = "local"  # whose layers a Megatron `torch` checkpoint was saved from
     has_optimizer: bool = False  # which is never carried on
+    tokenizer_folder: Path  # where the tokenizer's files are, if there are any
     vocab_is_known: bool = True  # False: `config.vocab_size` may count rows of padding
 
     @abstractmethod
-    def weight(self, weight: Weight, layer: int | None) -> View:
+    def weight(self, weight: WeightRow, layer: int | None) -> View:
         """Return a lazy view of one logical weight; `layer` is None for the weights outside the layers."""
 
     def boundaries(self, axis: str, layer: int, tensor: int) -> list[int]:
@@ -61,7 +63,7 @@ class Checkpoint(ABC):
         layout.check_split(self.config.sizes, "the model's")
         layout.check_stages(self.config.sizes, "the model's")
 
-    def weights(self) -> Iterator[tuple[Weight, int | None, View]]:
+    def weights(self) -> Iterator[tuple[WeightRow, int | None, View]]:
         """Yield every logical weight in the order of the forward pass."""
         for weight, layer in all_weights(self.config.num_layers, self.config.tied, self.config.features):
             yield weight, layer, self.weight(weight, layer)

@@ -1,4 +1,4 @@
-"""What a Llama checkpoint says of its model, and the two ways to write it down: config.json and Megatron arguments."""
+"""Shape and constants of a model, and the families of models that the table of weights describes."""
 
 import dataclasses
 import math
@@ -7,12 +7,49 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.pruning.model.axes import AXES
 from megatron.pruning.model.weights import parameter_count
 
 
 @dataclass(frozen=True)
+class Family:
+    """A kind of model that is a Llama but for its `features`, by its names and habits in Hugging Face's config.json.
+
+    `features` name the rows of the table of weights that only such models have. `unsaid` is what transformers takes for
+    granted when config.json does not say, where that differs from Llama's. `window_switch` names the setting without
+    which a `sliding_window` is not used.
+    """
+
+    architecture: str
+    features: frozenset[str] = frozenset()
+    unsaid: Mapping[str, Any] = field(default_factory=dict)
+    window_switch: str | None = None
+
+
+# By config.json's `model_type`. A family whose rows the table has is one entry here.
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM", unsaid={"sliding_window": 4096, "max_position_embeddings": 131072}),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", frozenset({"qkv_bias"}), {"max_position_embeddings": 32768}, "use_sliding_window"
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        frozenset({"qk_norm"}),
+        {"max_position_embeddings": 32768, "head_dim": 128},
+        "use_sliding_window",
+    ),
+}
+
+
+def family_with(features: frozenset[str]) -> str | None:
+    """Return the first family that has just these features, None when no family has."""
+    return next((name for name, family in FAMILIES.items() if family.features == features), None)
+
+
+@dataclass(frozen=True)
 class LlamaConfig:
-    """Shape and constants of a dense Llama, or of a model that is one but for `features` (see the table's rows).
+    """Shape and constants of a dense Llama, or of a model of another family that is one but for its features.
 
     Sizes count elements; `vocab_size` is without padding.
     """
@@ -29,14 +66,14 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: Mapping[str, Any] | None = None
     max_position_embeddings: int = 4096
-    features: frozenset[str] = frozenset()
+    family: str = "llama"
     # Whatever else the parent's config.json says (token ids, ...): carried to the next config.json, never interpreted.
     other: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        for name in (*AXIS_OF_FIELD, "max_position_embeddings"):
+        limits = {axis.field: axis.limit for axis in AXES} | {"max_position_embeddings": 1 << 40}
+        for name, limit in limits.items():
             value = getattr(self, name)
-            limit = _LIMITS.get(name, 1 << 24)
             if type(value) is not int or not 1 <= value <= limit:
                 raise ValueError(f"{name} is {reprlib.repr(value)}: it must be a whole number from 1 to {limit}")
         for name in ("norm_epsilon", "rope_theta"):
@@ -54,9 +91,14 @@ class LlamaConfig:
             )
 
     @property
+    def features(self) -> frozenset[str]:
+        """What the family has beyond a Llama, as the rows of the table of weights name it."""
+        return FAMILIES[self.family].features
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Return the size of every axis of the table."""
-        return {axis: getattr(self, name) for name, axis in AXIS_OF_FIELD.items()}
+        return {axis.name: getattr(self, axis.field) for axis in AXES}
 
     @property
     def heads_per_group(self) -> int:
@@ -70,19 +112,5 @@ class LlamaConfig:
 
     def with_sizes(self, sizes: Mapping[str, int]) -> "LlamaConfig":
         """Return this config with new axis sizes."""
-        changes: dict[str, Any] = {name: sizes[axis] for name, axis in AXIS_OF_FIELD.items() if axis in sizes}
+        changes: dict[str, Any] = {axis.field: sizes[axis.name] for axis in AXES if axis.name in sizes}
         return dataclasses.replace(self, **changes)
-
-
-# What no model reaches (other sizes: 2**24): a wrong number shall end in a sentence, not in a loop over it.
-_LIMITS = {"num_layers": 10_000, "max_position_embeddings": 1 << 40}
-
-AXIS_OF_FIELD = {
-    "num_layers": "layers",
-    "hidden_size": "hidden",
-    "ffn_hidden_size": "ffn",
-    "num_attention_heads": "heads",
-    "num_query_groups": "groups",
-    "head_dim": "head_dim",
-    "vocab_size": "vocab",
-}

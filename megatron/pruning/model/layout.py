@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.pruning.model.axes import axes
-from megatron.pruning.model.weights import Weight, weight_shape
+from megatron.pruning.model.axes import AXIS, PER_LAYER, axes_of
+from megatron.pruning.model.weights import WeightRow, weight_shape
 from megatron.pruning.storage.views import Index, View, concat, take
 
 
@@ -49,11 +49,11 @@ class Layout:
 
     def check_split(self, sizes: Mapping[str, int], whose: str) -> None:
         """Raise ValueError unless the axes of `whose` model divide over the tensor ranks."""
-        for axis, what in (("groups", "query groups"), ("heads", "attention heads"), ("ffn", "ffn hidden size")):
+        for axis in PER_LAYER:
             if sizes[axis] % self.tensor:
+                what = f"{whose} {AXIS[axis].words} {sizes[axis]}"
                 raise ValueError(
-                    f"--tensor-model-parallel-size {self.tensor} does not divide {whose} {what} {sizes[axis]}: "
-                    "choose a size that does"
+                    f"--tensor-model-parallel-size {self.tensor} does not divide {what}: choose a size that does"
                 )
 
     def check_stages(self, sizes: Mapping[str, int], whose: str) -> None:
@@ -77,18 +77,18 @@ def interleaving(part_rows: Sequence[int], units: int) -> Index:
     return np.concatenate(chunks, axis=1).ravel()
 
 
-def _units(weights: Sequence[Weight], sizes: Mapping[str, int]) -> int:
+def _units(weights: Sequence[WeightRow], sizes: Mapping[str, int]) -> int:
     """Return how many chunks each part of a fused weight is cut into: one a query group, or one in all."""
-    return sizes["groups"] if any(axes(weight.dims[0])[0] == "groups" for weight in weights) else 1
+    return sizes["groups"] if any(axes_of(weight.dims[0])[0] == "groups" for weight in weights) else 1
 
 
-def fused_shape(weights: Sequence[Weight], sizes: Mapping[str, int]) -> tuple[int, ...]:
+def fused_shape(weights: Sequence[WeightRow], sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return the shape of the tensor that holds `weights` (one, or several that are fused) on a rank of these sizes."""
     shapes = [weight_shape(weight, sizes) for weight in weights]
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def fuse(weights: Sequence[Weight], parts: Sequence[View], sizes: Mapping[str, int]) -> View:
+def fuse(weights: Sequence[WeightRow], parts: Sequence[View], sizes: Mapping[str, int]) -> View:
     """Return one rank's tensor from its parts. `sizes` are the axis sizes on that rank."""
     if len(parts) == 1:
         return parts[0]
@@ -96,7 +96,7 @@ def fuse(weights: Sequence[Weight], parts: Sequence[View], sizes: Mapping[str, i
     return take(concat(parts, 0), 0, order)
 
 
-def unfuse(weights: Sequence[Weight], fused: View, sizes: Mapping[str, int]) -> list[View]:
+def unfuse(weights: Sequence[WeightRow], fused: View, sizes: Mapping[str, int]) -> list[View]:
     """Return the parts of one rank's tensor; the inverse of `fuse`."""
     rows = [weight_shape(weight, sizes)[0] for weight in weights]
     position = np.argsort(interleaving(rows, _units(weights, sizes))) if len(rows) > 1 else np.arange(rows[0])

@@ -5,26 +5,12 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.pruning.model.config import LlamaConfig
-from megatron.pruning.model.hf_config import FAMILIES
+from megatron.pruning.model.config import LlamaConfig, family_with
 from megatron.pruning.model.layout import Layout
 
 # The llama3 rotary frequencies as Megatron-core fixes them; only the factor is configurable there.
 MEGATRON_ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-def megatron_rope_factor(config: LlamaConfig) -> float | None:
-    """Return the factor for --rope-scaling-factor, None without scaling. ValueError for what Megatron cannot do."""
-    if config.rope_scaling is None:
-        return None
-    scaling = dict(config.rope_scaling)
-    factor = scaling.pop("factor", None)
-    if scaling.pop("rope_type", None) != "llama3" or factor is None or scaling != MEGATRON_ROPE_SCALING:
-        raise ValueError(
-            f"rope scaling {dict(config.rope_scaling)} is not one that Megatron computes: only rope_type llama3 with "
-            f"{MEGATRON_ROPE_SCALING} (and any factor)"
-        )
-    return float(factor)
+DEFAULT_ROPE_FACTOR = 8.0
 
 
 # The Megatron argument that turns a feature on.
@@ -63,13 +49,17 @@ def config_from_args(args: Namespace, where: str) -> LlamaConfig:
     if missing:
         raise ValueError(f"{where}: its arguments lack {', '.join(missing)}")
     features = frozenset(name for name, arg in FEATURE_ARGS.items() if get(arg))
-    if features not in [known for _, known in FAMILIES.values()]:
+    if (family := family_with(features)) is None:
         raise ValueError(f"{where}: no model read here has all of {', '.join(FEATURE_ARGS[name] for name in features)}")
     heads, hidden = get("num_attention_heads"), get("hidden_size")
     try:
         scaling = None
         if get("use_rope_scaling", False):
-            scaling = {"rope_type": "llama3", "factor": float(get("rope_scaling_factor", 8.0)), **MEGATRON_ROPE_SCALING}
+            scaling = {
+                "rope_type": "llama3",
+                "factor": float(get("rope_scaling_factor", DEFAULT_ROPE_FACTOR)),
+                **MEGATRON_ROPE_SCALING,
+            }
         return LlamaConfig(
             num_layers=get("num_layers"),
             hidden_size=hidden,
@@ -84,17 +74,19 @@ def config_from_args(args: Namespace, where: str) -> LlamaConfig:
             rope_theta=float(get("rotary_base", 10000)),
             rope_scaling=scaling,
             max_position_embeddings=get("max_position_embeddings", get("seq_length", 4096)),
-            features=features,
+            family=family,
         )
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: its arguments are not a Llama's: {error}") from error
 
 
-def _megatron_values(config: LlamaConfig, layout: Layout) -> dict[str, Any]:
-    """Return the Megatron arguments that describe the model, by the name they have on the command line."""
-    factor = megatron_rope_factor(config)
-    if config.rope_theta != int(config.rope_theta):
-        raise ValueError(f"rope_theta {config.rope_theta}: Megatron's --rotary-base takes whole numbers only")
+def model_args(config: LlamaConfig, layout: Layout) -> dict[str, Any]:
+    """Return the Megatron arguments that describe the model, by the name that they have on the command line.
+
+    Everything that tells Megatron of a model is made from them: the arguments in its checkpoints, the flags of a
+    training, the models that are built here, and the check of the flags that a user gives.
+    """
+    scaling = config.rope_scaling
     return {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -105,10 +97,10 @@ def _megatron_values(config: LlamaConfig, layout: Layout) -> dict[str, Any]:
         "kv_channels": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "position_embedding_type": "rope",
-        "rotary_base": int(config.rope_theta),
+        "rotary_base": int(config.rope_theta) if config.rope_theta.is_integer() else config.rope_theta,
         "rotary_percent": 1.0,
-        "use_rope_scaling": factor is not None,
-        "rope_scaling_factor": 8.0 if factor is None else factor,
+        "use_rope_scaling": scaling is not None,
+        "rope_scaling_factor": DEFAULT_ROPE_FACTOR if scaling is None else scaling.get("factor"),
         "normalization": "RMSNorm",
         "norm_epsilon": config.norm_epsilon,
         "swiglu": True,
@@ -125,9 +117,35 @@ def _megatron_values(config: LlamaConfig, layout: Layout) -> dict[str, Any]:
     }
 
 
+# Those of them that a training may have otherwise.
+OF_THE_TRAINING = frozenset(
+    "attention_dropout hidden_dropout make_vocab_size_divisible_by tensor_model_parallel_size "
+    "pipeline_model_parallel_size".split()
+)
+
+
+def _computable_args(config: LlamaConfig, layout: Layout) -> dict[str, Any]:
+    """Return `model_args`. Raises ValueError for a rotary embedding that Megatron cannot compute."""
+    if config.rope_scaling is not None:
+        scaling = dict(config.rope_scaling)
+        factor = scaling.pop("factor", None)
+        if scaling.pop("rope_type", None) != "llama3" or factor is None or scaling != MEGATRON_ROPE_SCALING:
+            raise ValueError(
+                f"rope scaling {dict(config.rope_scaling)} is not one that Megatron computes: only rope_type llama3 "
+                f"with {MEGATRON_ROPE_SCALING} (and any factor)"
+            )
+    values = model_args(config, layout)
+    if not isinstance(values["rotary_base"], int):
+        raise ValueError(f"rope_theta {config.rope_theta}: Megatron's --rotary-base takes whole numbers only")
+    return values | {"rope_scaling_factor": float(values["rope_scaling_factor"])}
+
+
 def config_to_args(config: LlamaConfig, layout: Layout) -> Namespace:
-    """Return the Namespace for a Megatron checkpoint: plain values only, so that every release may load it safely."""
-    values = _megatron_values(config, layout)
+    """Return the Namespace for a Megatron checkpoint: plain values only, so that every release may load it safely.
+
+    Raises ValueError for a rotary embedding that Megatron cannot compute.
+    """
+    values = _computable_args(config, layout)
     values["add_bias_linear"] = not values.pop("disable_bias_linear")
     # The name was norm_epsilon up to 0.15 and is layernorm_epsilon since.
     values["layernorm_epsilon"] = values["norm_epsilon"]
@@ -140,15 +158,17 @@ def config_to_command_line(config: LlamaConfig, layout: Layout) -> list[str]:
     """Return the flags with which pretrain_gpt.py (or stock Megatron) builds this model, one `--flag value` each.
 
     `--use-checkpoint-args` restores only some of them: not the epsilon, the rope scaling or the vocabulary divisor.
+    Raises ValueError for a rotary embedding that Megatron cannot compute.
     """
-    values = _megatron_values(config, layout)
+    values = _computable_args(config, layout)
     if not values["group_query_attention"]:
         del values["num_query_groups"]
     if not values["use_rope_scaling"]:
         del values["rope_scaling_factor"]
-    lines = []
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        if value is not False:
-            lines.append(flag if value is True else f"{flag} {value}")
-    return lines
+    flags = {flag_of(name): value for name, value in values.items() if value is not False}
+    return [flag if value is True else f"{flag} {value}" for flag, value in flags.items()]
+
+
+def flag_of(name: str) -> str:
+    """Return the flag that sets an argument."""
+    return "--" + name.replace("_", "-")

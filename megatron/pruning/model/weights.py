@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.pruning.model.axes import SPLIT_BY_TENSOR_PARALLEL, axes
+from megatron.pruning.model.axes import AXIS, axes_of
 from megatron.pruning.storage.views import Index
 
 
 @dataclass(frozen=True)
-class Weight:
+class WeightRow:
     """One row: a weight's name, the axes of its dims, and its keys (without the layer's prefix and `.weight`).
 
     A row with a `feature` is there only in models that have that feature.
@@ -27,8 +27,8 @@ class Weight:
     dims: tuple[str, ...]
     hf: str
     megatron: str
-    per_layer: bool = True
     feature: str | None = None
+    per_layer: bool = True
 
     def hf_key(self, layer: int | None) -> str:
         """Return the key in a Hugging Face LlamaForCausalLM."""
@@ -44,23 +44,23 @@ def _full(name: str) -> str:
 
 
 TABLE = (
-    Weight("embed", ("vocab", "hidden"), "model.embed_tokens", "embedding.word_embeddings", per_layer=False),
-    Weight("attn_norm", ("hidden",), "input_layernorm", "input_layernorm"),
-    Weight("q", ("heads*head_dim", "hidden"), "self_attn.q_proj", "self_attention.linear_qkv"),
-    Weight("k", ("groups*head_dim", "hidden"), "self_attn.k_proj", "self_attention.linear_qkv"),
-    Weight("v", ("groups*head_dim", "hidden"), "self_attn.v_proj", "self_attention.linear_qkv"),
-    Weight("q_bias", ("heads*head_dim",), "self_attn.q_proj.bias", "self_attention.linear_qkv.bias", True, "qkv_bias"),
-    Weight("k_bias", ("groups*head_dim",), "self_attn.k_proj.bias", "self_attention.linear_qkv.bias", True, "qkv_bias"),
-    Weight("v_bias", ("groups*head_dim",), "self_attn.v_proj.bias", "self_attention.linear_qkv.bias", True, "qkv_bias"),
-    Weight("q_norm", ("head_dim",), "self_attn.q_norm", "self_attention.q_layernorm", True, "qk_norm"),
-    Weight("k_norm", ("head_dim",), "self_attn.k_norm", "self_attention.k_layernorm", True, "qk_norm"),
-    Weight("o", ("hidden", "heads*head_dim"), "self_attn.o_proj", "self_attention.linear_proj"),
-    Weight("mlp_norm", ("hidden",), "post_attention_layernorm", "pre_mlp_layernorm"),
-    Weight("gate", ("ffn", "hidden"), "mlp.gate_proj", "mlp.linear_fc1"),
-    Weight("up", ("ffn", "hidden"), "mlp.up_proj", "mlp.linear_fc1"),
-    Weight("down", ("hidden", "ffn"), "mlp.down_proj", "mlp.linear_fc2"),
-    Weight("final_norm", ("hidden",), "model.norm", "decoder.final_layernorm", per_layer=False),
-    Weight("lm_head", ("vocab", "hidden"), "lm_head", "output_layer", per_layer=False),
+    WeightRow("embed", ("vocab", "hidden"), "model.embed_tokens", "embedding.word_embeddings", per_layer=False),
+    WeightRow("attn_norm", ("hidden",), "input_layernorm", "input_layernorm"),
+    WeightRow("q", ("heads*head_dim", "hidden"), "self_attn.q_proj", "self_attention.linear_qkv"),
+    WeightRow("k", ("groups*head_dim", "hidden"), "self_attn.k_proj", "self_attention.linear_qkv"),
+    WeightRow("v", ("groups*head_dim", "hidden"), "self_attn.v_proj", "self_attention.linear_qkv"),
+    WeightRow("q_bias", ("heads*head_dim",), "self_attn.q_proj.bias", "self_attention.linear_qkv.bias", "qkv_bias"),
+    WeightRow("k_bias", ("groups*head_dim",), "self_attn.k_proj.bias", "self_attention.linear_qkv.bias", "qkv_bias"),
+    WeightRow("v_bias", ("groups*head_dim",), "self_attn.v_proj.bias", "self_attention.linear_qkv.bias", "qkv_bias"),
+    WeightRow("q_norm", ("head_dim",), "self_attn.q_norm", "self_attention.q_layernorm", "qk_norm"),
+    WeightRow("k_norm", ("head_dim",), "self_attn.k_norm", "self_attention.k_layernorm", "qk_norm"),
+    WeightRow("o", ("hidden", "heads*head_dim"), "self_attn.o_proj", "self_attention.linear_proj"),
+    WeightRow("mlp_norm", ("hidden",), "post_attention_layernorm", "pre_mlp_layernorm"),
+    WeightRow("gate", ("ffn", "hidden"), "mlp.gate_proj", "mlp.linear_fc1"),
+    WeightRow("up", ("ffn", "hidden"), "mlp.up_proj", "mlp.linear_fc1"),
+    WeightRow("down", ("hidden", "ffn"), "mlp.down_proj", "mlp.linear_fc2"),
+    WeightRow("final_norm", ("hidden",), "model.norm", "decoder.final_layernorm", per_layer=False),
+    WeightRow("lm_head", ("vocab", "hidden"), "lm_head", "output_layer", per_layer=False),
 )
 
 # The rows before, in and after the layers.
@@ -69,23 +69,23 @@ FIRST = TABLE[: TABLE.index(LAYER[0])]
 LAST = TABLE[TABLE.index(LAYER[-1]) + 1 :]
 
 
-def split_dim(weight: Weight) -> int | None:
+def split_dim(weight: WeightRow) -> int | None:
     """Return the dim along which tensor parallelism splits `weight`, None if every rank holds all of it."""
-    split = [i for i, dim in enumerate(weight.dims) if axes(dim)[0] in SPLIT_BY_TENSOR_PARALLEL]
+    split = [i for i, dim in enumerate(weight.dims) if AXIS[axes_of(dim)[0]].split]
     return split[0] if split else None
 
 
-def weight_shape(weight: Weight, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def weight_shape(weight: WeightRow, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return the shape of `weight` in a model whose axes have `sizes`."""
-    return tuple(math.prod(sizes[axis] for axis in axes(dim)) for dim in weight.dims)
+    return tuple(math.prod(sizes[axis] for axis in axes_of(dim)) for dim in weight.dims)
 
 
-def layer_weights(features: frozenset[str]) -> list[Weight]:
+def layer_weights(features: frozenset[str]) -> list[WeightRow]:
     """Return the rows of one layer of a model with these features."""
     return [weight for weight in LAYER if weight.feature is None or weight.feature in features]
 
 
-def all_weights(layers: int, tied: bool, features: frozenset[str] = frozenset()) -> list[tuple[Weight, int | None]]:
+def all_weights(layers: int, tied: bool, features: frozenset[str] = frozenset()) -> list[tuple[WeightRow, int | None]]:
     """Return every (weight, layer) of a model in the order of the forward pass; a tied output layer is left out."""
     return [
         *((weight, None) for weight in FIRST),
@@ -105,7 +105,7 @@ def kept_elements(dim: str, keep: Mapping[str, Index], sizes: Mapping[str, int])
     `sizes` are the parent's; an axis that `keep` does not name is kept whole, e.g. the `head_dim` of `heads*head_dim`.
     """
     index = np.zeros(1, dtype=np.intp)
-    for axis in axes(dim):
+    for axis in axes_of(dim):
         chosen = keep[axis] if axis in keep else np.arange(sizes[axis])
         index = (index[:, None] * sizes[axis] + chosen[None, :]).ravel()
     return index

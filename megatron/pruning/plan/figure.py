@@ -5,6 +5,7 @@ from io import BytesIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.pruning.plan.choose import CRITERIA
 from megatron.pruning.plan.plan import Plan
 
 _COLUMNS = 256  # at most: a wider axis is drawn as the share kept in each of so many bins
@@ -45,9 +46,10 @@ def plan_figure(plan: Plan) -> bytes:
                   extent=(0, sizes["hidden"], 0, 1))  # fmt: skip
     hidden.set(title=f"hidden, in every layer: {len(plan.hidden)} of {sizes['hidden']}", yticks=[])
     figure.colorbar(image, ax=grid[0, -1], label="share kept")
-    seed = f"seed {plan.seed}, " if plan.criterion == "random" else ""
+    criterion = plan.evidence.criterion
+    seed = f"seed {plan.evidence.seed}, " if CRITERIA[criterion].seeded else ""
     figure.suptitle(
-        f"kept, {plan.criterion} ({seed}{plan.prune_type} over {plan.tensor_parallel} tensor-parallel "
+        f"kept, {criterion} ({seed}{plan.prune_type} over {plan.tensor_parallel} tensor-parallel "
         f"blocks); {len(plan.layers)} of {layers} layers"
     )
     out = BytesIO()

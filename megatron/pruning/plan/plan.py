@@ -1,38 +1,54 @@
-"""The plan: which layers, channels, heads and groups of which parent are kept, and how that was decided.
+"""The plan: which layers, channels, heads and groups of which parent are kept, and what spoke for them.
 
 A plan is decided once, for the whole model, before any weight is read; processes only apply it. It is a JSON file that
 can be read, kept, and applied again. Index sets are written as ranges ("0-3,5"). decide.py makes it.
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
 from megatron.pruning import __version__
+from megatron.pruning.model.axes import AXIS, PER_LAYER
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.plan.choose import CRITERIA, LAYER_CRITERIA, SEED
+from megatron.pruning.plan.scores import OTHER_MODEL
+from megatron.pruning.storage.small_files import parse_as
 from megatron.pruning.storage.views import Index
 
 VERSION = 1
 MADE_BY = f"megatron-llama-pruning {__version__}"
 LARGEST = 1 << 24  # that an axis may be
-LAYER_AXES = ("groups", "heads", "ffn")
-AXES = ("layers", "hidden", "ffn", "heads", "groups", "head_dim", "vocab")
 PRUNE_TYPES = ("balance", "unbalance")
-CRITERIA = ("random", "magnitude", "activation")
-LAYER_CRITERIA = ("spaced", "block_influence", "contiguous", "loss")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How a plan was decided, and what its choice is worth by the scores that were seen.
+
+    `layer_criterion` is None where the user named the layers, `scores` is the digest of a file that took part.
+    `importance_kept` (share of the scores) and `balance_tax` (share lost to keeping the same number in every block) are
+    by axis and kept layer.
+    """
+
+    criterion: str = "random"
+    layer_criterion: str | None = None
+    seed: int = SEED
+    scores: str | None = None
+    importance_kept: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    balance_tax: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Kept indices, ascending. `groups`, `heads` and `ffn` have one entry for each kept layer, in order.
 
-    `importance_kept` (share of the scores) and `balance_tax` (share lost to keeping the same number in every block)
-    are by axis and kept layer. `norm_gains`, if any, multiply the gains of each kept layer's two norms and the final
-    one.
+    `norm_gains`, if any, multiply the gains of each kept layer's two norms and of the final one.
     """
 
     layers: Index
@@ -44,119 +60,84 @@ class Plan:
     parent_fingerprint: str
     prune_type: str = "balance"
     tensor_parallel: int = 1
-    criterion: str = "random"
-    layer_criterion: str | None = None
-    seed: int = 1234
-    scores_digest: str | None = None
-    importance_kept: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    balance_tax: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     norm_gains: tuple[float, ...] = ()
+    evidence: Evidence = field(default_factory=Evidence)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Axis sizes of the pruned model."""
-        kept = {"layers": self.layers, "hidden": self.hidden}
-        kept |= {axis: getattr(self, axis)[0] for axis in LAYER_AXES}
+        kept = {"layers": self.layers, "hidden": self.hidden, **self.keep(0)}
         return {**self.parent_sizes, **{axis: len(index) for axis, index in kept.items()}}
+
+    @property
+    def dropped_layers(self) -> list[int]:
+        """Numbers of the parent's layers that are dropped."""
+        return sorted(set(range(self.parent_sizes["layers"])) - set(self.layers.tolist()))
 
     def keep(self, layer: int | None) -> dict[str, Index]:
         """Return what is kept of each axis, for the weights of pruned layer `layer` or those outside the layers."""
         keep = {"hidden": self.hidden}
-        return keep if layer is None else keep | {axis: getattr(self, axis)[layer] for axis in LAYER_AXES}
+        return keep if layer is None else keep | {axis: getattr(self, axis)[layer] for axis in PER_LAYER}
 
     def to_json(self) -> str:
         """Return the plan file's content: the same bytes for the same plan."""
-        per_layer = [
-            {"layer": int(layer), **{axis: to_ranges(getattr(self, axis)[i]) for axis in LAYER_AXES}}
-            for i, layer in enumerate(self.layers)
-        ]
-        content = {
-            "version": VERSION,
-            "made_by": MADE_BY,
-            "criterion": self.criterion,
-            "layer_criterion": self.layer_criterion,
-            "seed": self.seed,
-            "scores": self.scores_digest,
-            "prune_type": self.prune_type,
-            "tensor_parallel": self.tensor_parallel,
-            "parent": {"fingerprint": self.parent_fingerprint, **self.parent_sizes},
-            "pruned": self.sizes,
-            "importance_kept": self.importance_kept,
-            "balance_tax": self.balance_tax,
-            "norm_gains": self.norm_gains,
-            "keep": {"layers": to_ranges(self.layers), "hidden": to_ranges(self.hidden), "per_layer": per_layer},
-        }
-        return json.dumps(content, indent=1) + "\n"
+        evidence = self.evidence
+        content = _PlanFile(
+            made_by=MADE_BY,
+            criterion=evidence.criterion,
+            layer_criterion=evidence.layer_criterion,
+            seed=evidence.seed,
+            scores=evidence.scores,
+            prune_type=self.prune_type,
+            tensor_parallel=self.tensor_parallel,
+            parent={"fingerprint": self.parent_fingerprint, **self.parent_sizes},
+            pruned=self.sizes,
+            importance_kept=dict(evidence.importance_kept),
+            balance_tax=dict(evidence.balance_tax),
+            norm_gains=self.norm_gains,
+            keep=_Keep(
+                layers=to_ranges(self.layers),
+                hidden=to_ranges(self.hidden),
+                per_layer=[
+                    _LayerKeep(int(layer), *(to_ranges(getattr(self, axis)[i]) for axis in PER_LAYER))
+                    for i, layer in enumerate(self.layers)
+                ],
+            ),
+        )
+        return json.dumps(msgspec.to_builtins(content), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Plan":
-        """Read a plan file. Raises ValueError, naming `where`, for what is not a valid plan."""
+        """Read a plan file. Raises ValueError, naming `where` and the place in it, for what is not a valid plan."""
+        content = parse_as(_PlanFile, text.encode(errors="replace"), f"{where} is not a pruning plan")
+        keep, parent = content.keep, dict(content.parent)
         try:
-            content = json.loads(text)
-            if content["version"] != VERSION:
-                raise ValueError(f"it has version {content['version']}, this program reads {VERSION}")
-            keep, parent = content["keep"], dict(content["parent"])
+            if content.version != VERSION:
+                raise ValueError(f"it has version {content.version}, this program reads {VERSION}")
             plan = cls(
-                layers=from_ranges(keep["layers"]),
-                hidden=from_ranges(keep["hidden"]),
-                **{axis: tuple(from_ranges(entry[axis]) for entry in keep["per_layer"]) for axis in LAYER_AXES},
-                parent_fingerprint=str(parent.pop("fingerprint")),
-                parent_sizes={axis: int(size) for axis, size in parent.items()},
-                prune_type=str(content["prune_type"]),
-                tensor_parallel=int(content["tensor_parallel"]),
-                criterion=str(content["criterion"]),
-                layer_criterion=content.get("layer_criterion"),
-                seed=int(content["seed"]),
-                scores_digest=content.get("scores"),
-                importance_kept=_floats(content.get("importance_kept", {})),
-                balance_tax=_floats(content.get("balance_tax", {})),
-                norm_gains=tuple(float(gain) for gain in content.get("norm_gains", ())),
+                layers=from_ranges(keep.layers),
+                hidden=from_ranges(keep.hidden),
+                **{axis: tuple(from_ranges(getattr(entry, axis)) for entry in keep.per_layer) for axis in PER_LAYER},
+                parent_fingerprint=str(parent.pop("fingerprint", "")),
+                parent_sizes={axis: _size(size) for axis, size in parent.items()},
+                prune_type=content.prune_type,
+                tensor_parallel=content.tensor_parallel,
+                norm_gains=content.norm_gains,
+                evidence=Evidence(
+                    criterion=content.criterion,
+                    layer_criterion=content.layer_criterion,
+                    seed=content.seed,
+                    scores=content.scores,
+                    importance_kept=content.importance_kept,
+                    balance_tax=content.balance_tax,
+                ),
             )
-            plan._check()
-        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError, json.JSONDecodeError) as error:
-            raise ValueError(f"{where} is not a pruning plan: {error!r}") from error
+            _check_indices(plan)
+            _check_ties(plan)
+            _check_evidence(plan)
         except ValueError as error:
             raise ValueError(f"{where} is not a valid plan: {error}") from error
         return plan
-
-    def _check(self) -> None:
-        """Raise ValueError unless the index sets ascend, in range, of one size in all layers and tied by groups."""
-        sizes = self.parent_sizes
-        if set(sizes) != set(AXES) or not all(1 <= size <= LARGEST for size in sizes.values()):
-            raise ValueError(f"the parent's sizes must be of {', '.join(AXES)}, from 1 to {LARGEST}")
-        if sizes["heads"] % sizes["groups"]:
-            raise ValueError(f"the parent's {sizes['heads']} heads are no multiple of its {sizes['groups']} groups")
-        for axis, kept in (
-            ("layers", [self.layers]),
-            ("hidden", [self.hidden]),
-            *((a, getattr(self, a)) for a in LAYER_AXES),
-        ):
-            if axis in LAYER_AXES and len(kept) != len(self.layers):
-                raise ValueError(f"{axis} are given for {len(kept)} layers, but {len(self.layers)} are kept")
-            for index in kept:
-                if not len(index) or index[0] < 0 or index[-1] >= sizes[axis] or (np.diff(index) < 1).any():
-                    raise ValueError(f"{axis} kept must ascend within 0-{sizes[axis] - 1}: {to_ranges(index)[:60]}")
-                if len(index) != len(kept[0]):
-                    raise ValueError(f"{axis} has {len(index)} kept in one layer and {len(kept[0])} in another")
-        gains = self.norm_gains
-        if gains and (len(gains) != 2 * len(self.layers) + 1 or not all(1e-6 < gain < 1e6 for gain in gains)):
-            raise ValueError(f"norm_gains must be {2 * len(self.layers) + 1} positive numbers, or none")
-        for what, known in ((self.criterion, CRITERIA), (self.layer_criterion, (None, *LAYER_CRITERIA))):
-            if what not in known:
-                raise ValueError(f"criterion {str(what)[:40]!r} is none of {', '.join(map(str, known))}")
-        for evidence in (self.importance_kept, self.balance_tax):
-            for axis, shares in evidence.items():
-                if axis not in AXES or not shares or not all(math.isfinite(share) for share in shares):
-                    raise ValueError(f"importance_kept and balance_tax must be numbers by axis, not {axis[:40]!r}")
-        if not 1 <= self.tensor_parallel <= LARGEST:
-            raise ValueError(f"tensor_parallel is {self.tensor_parallel}")
-        if self.prune_type not in PRUNE_TYPES:
-            raise ValueError(f"prune_type {self.prune_type!r} is none of {', '.join(PRUNE_TYPES)}")
-        per_group = sizes["heads"] // sizes["groups"]
-        for groups, heads in zip(self.groups, self.heads, strict=True):
-            counts = np.bincount(heads // per_group, minlength=sizes["groups"])
-            if set(np.flatnonzero(counts)) != set(groups) or len(set(counts[groups])) != 1:
-                raise ValueError("each kept query group must keep the same number of its own heads")
 
     def check_parent(self, parent: Checkpoint) -> None:
         """Raise ValueError unless `parent` is the model this plan was made for."""
@@ -167,12 +148,102 @@ class Plan:
         if self.parent_fingerprint != (found := fingerprint(parent)):
             raise ValueError(
                 f"the plan is for a parent with fingerprint {self.parent_fingerprint}, but {parent.path} has {found}: "
-                "the same shape, other weights or another dtype"
+                f"{OTHER_MODEL}"
             )
 
 
-def _floats(content: Mapping[str, list[float]]) -> dict[str, tuple[float, ...]]:
-    return {str(axis): tuple(float(value) for value in values) for axis, values in content.items()}
+# The plan file, field by field in the order in which it is written. `parent` has a fingerprint beside the sizes.
+_Shares = dict[str, tuple[float, ...]]
+
+
+class _LayerKeep(msgspec.Struct):
+    layer: int
+    groups: str
+    heads: str
+    ffn: str
+
+
+class _Keep(msgspec.Struct):
+    layers: str
+    hidden: str
+    per_layer: list[_LayerKeep]
+
+
+class _PlanFile(msgspec.Struct, kw_only=True):
+    version: int = VERSION
+    made_by: str = ""
+    criterion: str
+    layer_criterion: str | None = None
+    seed: int
+    scores: str | None = None
+    prune_type: str
+    tensor_parallel: Annotated[int, msgspec.Meta(ge=1, le=LARGEST)]
+    parent: dict[str, int | str]
+    pruned: dict[str, int] = {}
+    importance_kept: _Shares = {}
+    balance_tax: _Shares = {}
+    norm_gains: tuple[float, ...] = ()
+    keep: _Keep
+
+
+def _size(size: int | str) -> int:
+    if not isinstance(size, int) or not 1 <= size <= LARGEST:
+        raise ValueError(f"the parent's sizes must be of {', '.join(AXIS)}, from 1 to {LARGEST}")
+    return size
+
+
+def _check_indices(plan: Plan) -> None:
+    """Raise ValueError unless the index sets ascend, within the parent's sizes, and are of one size in all layers."""
+    sizes = plan.parent_sizes
+    if set(sizes) != set(AXIS):
+        raise ValueError(f"the parent's sizes must be of {', '.join(AXIS)}, from 1 to {LARGEST}")
+    per_layer = {axis: getattr(plan, axis) for axis in PER_LAYER}
+    for axis, kept in per_layer.items():
+        if len(kept) != len(plan.layers):
+            raise ValueError(f"{axis} are given for {len(kept)} layers, but {len(plan.layers)} are kept")
+    for axis, kept in {"layers": (plan.layers,), "hidden": (plan.hidden,), **per_layer}.items():
+        for index in kept:
+            if not len(index) or index[0] < 0 or index[-1] >= sizes[axis] or (np.diff(index) < 1).any():
+                raise ValueError(f"{axis} kept must ascend within 0-{sizes[axis] - 1}: {to_ranges(index)[:60]}")
+            if len(index) != len(kept[0]):
+                raise ValueError(f"{axis} has {len(index)} kept in one layer and {len(kept[0])} in another")
+
+
+def _check_ties(plan: Plan) -> None:
+    """Raise ValueError unless heads are tied to their groups, and a gain to each norm."""
+    sizes, gains = plan.parent_sizes, plan.norm_gains
+    if sizes["heads"] % sizes["groups"]:
+        raise ValueError(f"the parent's {sizes['heads']} heads are no multiple of its {sizes['groups']} groups")
+    per_group = sizes["heads"] // sizes["groups"]
+    for groups, heads in zip(plan.groups, plan.heads, strict=True):
+        counts = np.bincount(heads // per_group, minlength=sizes["groups"])
+        if set(np.flatnonzero(counts)) != set(groups) or len(set(counts[groups])) != 1:
+            raise ValueError("each kept query group must keep the same number of its own heads")
+    if gains and (len(gains) != 2 * len(plan.layers) + 1 or not all(1e-6 < gain < 1e6 for gain in gains)):
+        raise ValueError(f"norm_gains must be {2 * len(plan.layers) + 1} positive numbers, or none")
+
+
+def _check_evidence(plan: Plan) -> None:
+    evidence = plan.evidence
+    if plan.prune_type not in PRUNE_TYPES:
+        raise ValueError(f"prune_type {plan.prune_type!r} is none of {', '.join(PRUNE_TYPES)}")
+    for what, known in ((evidence.criterion, CRITERIA), (evidence.layer_criterion, (None, *LAYER_CRITERIA))):
+        if what not in known:
+            raise ValueError(f"criterion {str(what)[:40]!r} is none of {', '.join(map(str, known))}")
+    for shares in (evidence.importance_kept, evidence.balance_tax):
+        for axis, values in shares.items():
+            if axis not in AXIS or not values:
+                raise ValueError(f"importance_kept and balance_tax must be numbers by axis, not {axis[:40]!r}")
+
+
+def check_layout(
+    sizes: Mapping[str, int], parent: Mapping[str, int], layout: Layout, prune_type: str = "balance"
+) -> None:
+    """Raise ValueError unless the parent and, when balanced, the pruned model divide over the ranks of `layout`."""
+    layout.check_split(parent, "the parent's")
+    if prune_type == "balance":
+        layout.check_split(sizes, "the pruned model's")
+    layout.check_stages(sizes, "the pruned model's")
 
 
 def to_ranges(index: Iterable[int]) -> str:
@@ -196,13 +267,3 @@ def from_ranges(text: str) -> Index:
         parts.append(np.arange(start, stop + 1))
         before = stop
     return np.concatenate(parts)
-
-
-def check_layout(
-    sizes: Mapping[str, int], parent: Mapping[str, int], layout: Layout, prune_type: str = "balance"
-) -> None:
-    """Raise ValueError unless the parent and, when balanced, the pruned model divide over the ranks of `layout`."""
-    layout.check_split(parent, "the parent's")
-    if prune_type == "balance":
-        layout.check_split(sizes, "the pruned model's")
-    layout.check_stages(sizes, "the pruned model's")

@@ -4,7 +4,7 @@ import numpy as np
 
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.model.weights import Weight, kept_elements
+from megatron.pruning.model.weights import WeightRow, kept_elements
 from megatron.pruning.plan.plan import Plan, check_layout
 from megatron.pruning.storage.views import Bits, Index, View, cast, take
 
@@ -29,17 +29,18 @@ class Pruned(Checkpoint):
     def __init__(self, parent: Checkpoint, plan: Plan) -> None:
         self.parent, self.plan = parent, plan
         self.path, self.root, self.files = parent.path, parent.root, parent.files
+        self.tokenizer_folder = parent.tokenizer_folder
         self.format, self.layout, self.transformer_impl = parent.format, parent.layout, parent.transformer_impl
         self.config = parent.config.with_sizes(plan.sizes)
 
-    def weight(self, weight: Weight, layer: int | None) -> View:
+    def weight(self, weight: WeightRow, layer: int | None) -> View:
         parent_layer = None if layer is None else int(self.plan.layers[layer])
         view, keep = self.parent.weight(weight, parent_layer), self.plan.keep(layer)
         for dim, dim_axes in enumerate(weight.dims):
             view = take(view, dim, kept_elements(dim_axes, keep, self.parent.config.sizes))
         return self._with_corrected_gain(view, weight, layer)
 
-    def _with_corrected_gain(self, view: View, weight: Weight, layer: int | None) -> View:
+    def _with_corrected_gain(self, view: View, weight: WeightRow, layer: int | None) -> View:
         """Multiply a norm's gain as the plan says, in fp32, rounded once to its own dtype."""
         if not self.plan.norm_gains or weight.name not in NORMS:
             return view

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.plan.plan import Plan
 
@@ -12,9 +13,7 @@ from megatron.pruning.plan.plan import Plan
 def describe(plan: Plan, before: LlamaConfig, after: LlamaConfig, bytes_before: int, bytes_after: int) -> str:
     """Return the before/after table: axis, parent, pruned, and what remains."""
     rows: list[Sequence[Any]] = [("", "parent", "pruned", "remains")]
-    names = {"hidden": "hidden size", "heads": "attention heads", "groups": "query groups", "ffn": "ffn hidden size"}
-    for axis, name in {"layers": "layers", **names}.items():
-        rows.append(_row(name, before.sizes[axis], plan.sizes[axis]))
+    rows += [_row(AXIS[axis].words, before.sizes[axis], plan.sizes[axis]) for axis in PRUNABLE]
     rows.append(_row("parameters", before.parameters, after.parameters))
     rows.append(_row("bytes", bytes_before, bytes_after))
     return "\n".join([table(rows), *_evidence(plan)])
@@ -31,14 +30,14 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def _evidence(plan: Plan) -> list[str]:
     """Return a line for each axis of which scores say what was kept, and what balance costs."""
-    lines = []
-    if plan.layer_criterion:
-        dropped = sorted(set(range(plan.parent_sizes["layers"])) - set(plan.layers.tolist()))
-        lines.append(f"layers dropped by {plan.layer_criterion}: {', '.join(map(str, dropped)) or 'none'}")
-    for axis, shares in plan.importance_kept.items():
+    lines, evidence = [], plan.evidence
+    if evidence.layer_criterion:
+        dropped = ", ".join(map(str, plan.dropped_layers)) or "none"
+        lines.append(f"layers dropped by {evidence.layer_criterion}: {dropped}")
+    for axis, shares in evidence.importance_kept.items():
         line = f"importance kept of {axis}: {_spread(shares)}"
-        if axis in plan.balance_tax:
-            line += f"; balance tax {_spread(plan.balance_tax[axis])}"
+        if axis in evidence.balance_tax:
+            line += f"; balance tax {_spread(evidence.balance_tax[axis])}"
         lines.append(line)
     if plan.norm_gains:
         lines.append(f"norm gains multiplied by {min(plan.norm_gains):.3f} to {max(plan.norm_gains):.3f}")

@@ -10,15 +10,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron.pruning.model.axes import PRUNABLE
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.hf_config import hf_export_problem
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.weights import parameter_count
 from megatron.pruning.plan.report import table
-from megatron.pruning.storage.views import BYTES
+from megatron.pruning.storage.dtypes import BYTES
 
 RELUCTANCE = {"hidden": 1.0, "ffn": 1.0, "heads": 2.0, "layers": 4.0}
-AXES = ("layers", "hidden", "ffn", "heads", "groups")  # in the order of every table of shapes
 SMALLEST = {"hidden": 0.4, "ffn": 0.3, "heads": 0.5, "layers": 0.5}  # of the parent's size
 TOLERANCE = 0.02  # of the wanted number of parameters
 PROPOSALS = 10
@@ -149,7 +149,7 @@ def describe_shapes(config: LlamaConfig, shapes: Sequence[Shape], dtype: str) ->
     FLOPs are those of one token's forward pass through the weights; attention over the context comes on top.
     """
     rows: list[Sequence[str]] = [
-        ("shape", "layers", "hidden", "ffn", "heads", "groups", "parameters", "of parent", "weights", "GFLOP/token",
+        ("shape", *PRUNABLE, "parameters", "of parent", "weights", "GFLOP/token",
          "KV bytes/token", "distance")
     ]  # fmt: skip
     for number, shape in enumerate(shapes, start=1):
@@ -158,7 +158,7 @@ def describe_shapes(config: LlamaConfig, shapes: Sequence[Shape], dtype: str) ->
         cached = 2 * sizes["layers"] * sizes["groups"] * sizes["head_dim"] * bytes_each
         rows.append(
             (
-                f"{number}", *(f"{sizes[axis]:,}" for axis in AXES),
+                f"{number}", *(f"{sizes[axis]:,}" for axis in PRUNABLE),
                 f"{shape.parameters:,}", f"{shape.parameters / config.parameters:.1%}",
                 f"{shape.parameters * bytes_each / 1e9:.3g} GB", f"{2 * multiplied / 1e9:.3g}", f"{cached:,}",
                 f"{shape.distance:.3f}",

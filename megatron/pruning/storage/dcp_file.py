@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.pruning.storage.dtypes import BY_TORCH_NAME
 from megatron.pruning.storage.output import OutputFile
 from megatron.pruning.storage.pickles import NotDataError, Record, read_pickle
 from megatron.pruning.storage.small_files import read_small
 from megatron.pruning.storage.torch_reader import MAX_HEADER_BYTES, Window, data_offset, load_torch
 from megatron.pruning.storage.torch_writer import Built, Global, Made, archive, dtype_of, pickled, tensor
-from megatron.pruning.storage.views import TORCH_NAMES, Bits, File, Index, Stored, View
+from megatron.pruning.storage.views import Bits, File, Index, Stored, View
 
 METADATA = ".metadata"
 
@@ -81,7 +82,7 @@ def _entries(directory: Path, content: Record) -> dict[str, Entry]:
 def _dtype(properties: Record) -> str | None:
     """Return the project's name of a tensor's dtype, None for one that no Llama weight has."""
     found = properties["dtype"] if isinstance(properties.state, dict) else properties.state[0]
-    return {f"torch.{theirs}": ours for ours, theirs in TORCH_NAMES.items()}.get(found)
+    return BY_TORCH_NAME.get(found)
 
 
 def _numbers(values: Any) -> tuple[int, ...]:

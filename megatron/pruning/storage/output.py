@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,7 +65,13 @@ class OutputFile(ABC):
 
 
 def write_files(
-    files: Sequence[OutputFile], texts: Mapping[str, bytes], path: Path, what: str, overwrite: bool, world: World
+    files: Sequence[OutputFile],
+    texts: Mapping[str, bytes],
+    path: Path,
+    what: str,
+    overwrite: bool,
+    marks: Sequence[str],
+    world: World,
 ) -> None:
     """Write a whole checkpoint directory: every process its share of `files`, the first one also `texts`.
 
@@ -74,7 +80,7 @@ def write_files(
     """
     mine = files[world.rank :: world.size]
     need = sum(file.nbytes for file in files)
-    with _building(path, need, overwrite, world) as partial:
+    with _building(path, need, lambda: check_target(path, overwrite, marks), world) as partial:
         if not partial.is_dir():
             raise ValueError(f"process {world.rank} cannot see {partial}: all need one file system under --save")
         progress = Progress(what, sum(file.nbytes for file in mine), show=world.rank == 0)
@@ -99,12 +105,8 @@ def write_files(
             write_durably(partial / MANIFEST, manifest_bytes(digests))
 
 
-# One of these marks a directory as a checkpoint, which --overwrite may replace.
-_MARKS = ("config.json", "latest_checkpointed_iteration.txt")
-
-
-def check_target(path: Path, overwrite: bool) -> None:
-    """Raise ValueError if `path` is something that must not be replaced: anything but a checkpoint and --overwrite."""
+def check_target(path: Path, overwrite: bool, marks: Sequence[str]) -> None:
+    """Raise ValueError if `path` must not be replaced: unless `overwrite`, and it has a file that is one of `marks`."""
     if not path.exists() and not path.is_symlink():
         return
     if path.is_symlink() or not path.is_dir():
@@ -114,12 +116,12 @@ def check_target(path: Path, overwrite: bool) -> None:
     if any(path.iterdir()):
         if not overwrite:
             raise ValueError(f"--save {path} exists: name another directory, or add --overwrite to replace it")
-        if not any((path / mark).is_file() for mark in _MARKS):
+        if not any((path / mark).is_file() for mark in marks):
             raise ValueError(f"--save {path} holds something else than a checkpoint: --overwrite does not replace it")
 
 
 @contextmanager
-def _building(path: Path, need: int, overwrite: bool, world: World) -> Iterator[Path]:
+def _building(path: Path, need: int, check: Callable[[], None], world: World) -> Iterator[Path]:
     """Give a directory beside `path`, and at the end put it in its place; when anything fails, leave nothing behind."""
     path = Path(os.path.abspath(path))  # noqa: PTH100 - resolves "..", but no links
     partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "replaced"))
@@ -134,7 +136,7 @@ def _building(path: Path, need: int, overwrite: bool, world: World) -> Iterator[
             shutil.rmtree(old, ignore_errors=True)  # another run may be removing it
             for leftover in partial.iterdir():
                 _remove(leftover)
-            check_target(path, overwrite)
+            check()
             free = shutil.disk_usage(path.parent).free
             if need > free:
                 raise ValueError(

@@ -6,6 +6,17 @@ from datetime import timedelta
 from typing import ClassVar
 
 
+def rank() -> int:
+    """Return this process's number among those that torchrun started; 0 when it is alone."""
+    number = os.environ.get("RANK", "0")
+    return int(number) if number.isdecimal() else 0
+
+
+def is_first() -> bool:
+    """Return whether this is the process that speaks: alone, or rank 0 of a torchrun."""
+    return rank() == 0
+
+
 @dataclass(frozen=True)
 class World:
     """This process's rank among `size`. They share a file system and meet only at barriers."""

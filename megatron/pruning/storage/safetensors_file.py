@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from megatron.pruning.storage.dtypes import BY_SAFETENSORS, DTYPES
 from megatron.pruning.storage.output import OutputFile
 from megatron.pruning.storage.small_files import parse_json
 from megatron.pruning.storage.views import File, Stored
 
-_DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 10_000_000  # ten times what the largest Llama needs; the format would allow ten times more
 _ALIGNMENT = 64  # of the first tensor, for readers that map the file
 
@@ -51,10 +50,12 @@ def _tensor(file: File, data_start: int, key: str, entry: Any) -> Stored:
     dtype, shape, offsets = (entry.get(name) if isinstance(entry, dict) else None for name in names)
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise ValueError(f"{file.path}: {key} has shape {reprlib.repr(shape)} and offsets {reprlib.repr(offsets)}")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"{file.path}: {key} has dtype {reprlib.repr(dtype)}; only {', '.join(_DTYPES)} are read")
+    if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
+        raise ValueError(
+            f"{file.path}: {key} has dtype {reprlib.repr(dtype)}; only {', '.join(BY_SAFETENSORS)} are read"
+        )
     begin, end = offsets
-    tensor = Stored(file, data_start + begin, tuple(shape), _DTYPES[dtype])
+    tensor = Stored(file, data_start + begin, tuple(shape), BY_SAFETENSORS[dtype])
     if tensor.nbytes != end - begin:
         raise ValueError(f"{file.path}: {key} of shape {shape} needs {tensor.nbytes} bytes, but has {end - begin}")
     return tensor
@@ -72,7 +73,7 @@ class SafetensorsFile(OutputFile):
         end = 0
         for key, view in self.views.items():
             start, end = end, end + view.nbytes
-            header[key] = {"dtype": _NAMES[view.dtype], "shape": view.shape, "data_offsets": [start, end]}
+            header[key] = {"dtype": DTYPES[view.dtype].safetensors, "shape": view.shape, "data_offsets": [start, end]}
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
         yield len(raw).to_bytes(8, "little") + raw

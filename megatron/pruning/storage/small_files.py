@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 LARGEST_SMALL_FILE = 100_000_000  # bytes; the largest tokenizers have 40 MB
 
@@ -44,6 +47,22 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{what} holds {type(value).__name__}, not an object")
     return value
+
+
+def parse_as[T](kind: type[T], raw: bytes, what: str) -> T:
+    """Return a JSON object as a `msgspec.Struct` of this `kind`, whose fields and types it must have.
+
+    Raises ValueError, naming `what` and the place in it, as in "keep.per_layer[3].ffn is missing".
+    """
+    try:
+        found: T = msgspec.convert(parse_json(raw, what), kind)
+        return found
+    except msgspec.ValidationError as error:
+        told, _, place = str(error).partition(" - at `$")
+        place = place.rstrip("`").removeprefix(".")
+        if missing := re.fullmatch(r"Object missing required field `(.+)`", told):
+            raise ValueError(f"{what}: {'.'.join(filter(None, (place, missing[1])))} is missing") from error
+        raise ValueError(f"{what}: {f'{place}: ' if place else ''}{told[:1].lower()}{told[1:]}") from error
 
 
 def as_json(value: Any) -> bytes:

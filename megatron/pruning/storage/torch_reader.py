@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.pruning.storage.dtypes import BY_STORAGE, BYTES
 from megatron.pruning.storage.pickles import NotDataError, Record, read_pickle
-from megatron.pruning.storage.views import BYTES, File, Stored
+from megatron.pruning.storage.views import File, Stored
 
-_DTYPES = {"torch.FloatStorage": "fp32", "torch.HalfStorage": "fp16", "torch.BFloat16Storage": "bf16"}
 # Of a pickle or a zip archive's directory: several times what the largest Llama needs, its optimizer included.
 MAX_HEADER_BYTES = 1 << 25
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name and its extra field
@@ -120,7 +120,7 @@ class Tensor:
     @property
     def dtype(self) -> str | None:
         """The project's name of its dtype, None for one that no Llama weight has."""
-        return _DTYPES.get(self.storage.kind)
+        return BY_STORAGE.get(self.storage.kind)
 
     @property
     def nbytes(self) -> int:
@@ -189,7 +189,7 @@ def data_offset(file: File, key: str, tensor: Any) -> int:
         kind = tensor.name if isinstance(tensor, Record) else type(tensor).__name__
         raise ValueError(f"{file.path}: {key} is {kind}, not a tensor")
     if tensor.dtype is None:
-        raise ValueError(f"{file.path}: {key} is of {tensor.storage.kind}; only {', '.join(_DTYPES)} are read")
+        raise ValueError(f"{file.path}: {key} is of {tensor.storage.kind}; only {', '.join(BY_STORAGE)} are read")
     if len(tensor.shape) != len(tensor.strides) or not tensor.is_contiguous():
         raise ValueError(f"{file.path}: {key} of shape {tensor.shape} is not contiguous (strides {tensor.strides})")
     try:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.pruning.storage.views import TORCH_NAMES, View
+from megatron.pruning.storage.dtypes import DTYPES
+from megatron.pruning.storage.views import View
 
-_STORAGES = {"fp32": "FloatStorage", "fp16": "HalfStorage", "bf16": "BFloat16Storage"}
 _FOLDER = "archive/"
 _ALIGNMENT = 64  # of each storage in the file, as torch has it
 _4G = 0xFFFFFFFF
@@ -105,7 +105,7 @@ def tensor(view: View, number: int, shape: Sequence[int] | None = None) -> Made:
     for size in shape[:0:-1]:
         strides.append(strides[-1] * size)
     elements = strides[-1] * shape[0]
-    storage = _Storage(Global("torch", _STORAGES[view.dtype]), str(number), elements)
+    storage = _Storage(Global("torch", DTYPES[view.dtype].storage), str(number), elements)
     hooks: OrderedDict[str, Any] = OrderedDict()
     arguments = (storage, 0, shape, tuple(reversed(strides)), False, hooks)
     return Made(Global("torch._utils", "_rebuild_tensor_v2"), arguments)
@@ -113,7 +113,7 @@ def tensor(view: View, number: int, shape: Sequence[int] | None = None) -> Made:
 
 def dtype_of(view: View) -> Global:
     """Return the dtype of a view as torch names it."""
-    return Global("torch", TORCH_NAMES[view.dtype])
+    return Global("torch", DTYPES[view.dtype].torch)
 
 
 def archive(value: Any, storages: Mapping[str, int], checksums: Mapping[str, int]) -> Iterator[bytes | str]:

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.pruning.storage.dtypes import BYTES
+
 Index = NDArray[np.intp]
 Bits = NDArray[Any]
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BITS: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 2: np.dtype("<i2")}
 # Of what is moved at once, and the most that is read for it where only a part is kept, however small that is. Smaller
 # blocks cost more Python than copying, larger ones leave the processor's cache.

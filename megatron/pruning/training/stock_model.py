@@ -21,8 +21,9 @@ from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.megatron_args import config_to_args
+from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.processes import World
-from megatron.pruning.storage.views import TORCH_NAMES, View, blocks
+from megatron.pruning.storage.views import View, blocks
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.local_layers import local_layers
 from megatron.pruning.training.quiet import quiet_imports

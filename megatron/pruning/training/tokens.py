@@ -70,7 +70,7 @@ def _from_jsonl(file: Path, wanted: int, checkpoint: Checkpoint) -> Tokens:
 
     if not file.is_file():
         raise ValueError(f"--data {file} is not a file")
-    folder = checkpoint.root if checkpoint.format == "hf" else checkpoint.root / "huggingface"
+    folder = checkpoint.tokenizer_folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
