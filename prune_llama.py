@@ -29,7 +29,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.pruning.cli import candidates
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import (
     add_checkpoint_flags,
@@ -113,6 +112,12 @@ def propose(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> lis
 
 def measure_candidates(args: argparse.Namespace, parent: Checkpoint, layout: Layout, shapes: list[Shape]) -> None:
     """Train each of the shapes for a while, and rank them."""
+    try:
+        from tools import candidates
+    except ImportError as error:
+        raise ValueError(
+            "--candidates trains by scripts/check_model.sh: run prune_llama.py of the repository"
+        ) from error
     candidates.check(args)
 
     def prune(shape: Shape, path: Path) -> None:
@@ -150,5 +155,10 @@ def absolute(save: Path) -> Path:
     return path
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run as the installed command does."""
     run(main)
+
+
+if __name__ == "__main__":
+    command()

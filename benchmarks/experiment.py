@@ -86,7 +86,7 @@ class Experiment:
     def _tokenize(self, folder: Path) -> None:
         source = self.source or folder
         if self.source is None:
-            command("tools/make_tiny_llama.py", "--data-only", folder)
+            command("assets/make_tiny_llama.py", "--data-only", folder)
         for part in ("train", "valid"):
             command(
                 "tools/preprocess_data.py", "--input", source / f"{part}.jsonl", "--output-prefix", folder / part,

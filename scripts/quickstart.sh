@@ -21,7 +21,7 @@ source "$HERE/scripts/common.sh"
 say() { printf '\n== %s\n' "$*"; }
 
 say "1/8 text: Python's standard library as tokens"
-"$PYTHON" "$ROOT/tools/make_tiny_llama.py" --data-only "$RUNS/data"
+"$PYTHON" "$ROOT/assets/make_tiny_llama.py" --data-only "$RUNS/data"
 for part in train valid; do
     "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$RUNS/data/$part.jsonl" --output-prefix "$RUNS/data/$part" \
         --tokenizer-type Llama2Tokenizer --tokenizer-model "$ROOT/assets/tiny-llama/tokenizer.model" --append-eod \

@@ -200,7 +200,7 @@ def test_plan_is_refused_on_another_parent_and_when_tampered_with(gqa: Path, tmp
         (lambda c: c["parent"].update(groups=16), "8 heads are no multiple of its 16 groups"),
         (lambda c: c.update(importance_kept={"hidden": []}), "must be numbers by axis"),
         (lambda c: c.update(layer_criterion="\x1b]0;"), "is none of None, spaced"),
-        (lambda c: c.update(tensor_parallel=-1), "tensor_parallel is -1"),
+        (lambda c: c.update(tensor_parallel=-1), "tensor_parallel: expected `int` >= 1"),
         (lambda c: c.update(norm_gains=[1e300] * 9), "norm_gains must be 9 positive numbers"),
     ):
         broken = json.loads(json.dumps(content))

@@ -29,7 +29,7 @@ from megatron.pruning.storage.views import File, Stored
 @pytest.mark.parametrize(
     "flags,message",
     [
-        ("", r"nothing to prune: give at least one of --hidden-size-remain"),
+        ("", r"nothing to prune: give at least one of --num-layers-remain"),
         ("--hidden_size_remain 40", r"nothing to prune"),
         ("--hidden-size-remain 41", r"--hidden-size-remain 41 must lie between 1 and the parent's 40"),
         ("--ffn-hidden-size-remain 0", r"--ffn-hidden-size-remain 0 must lie between 1 and the parent's 72"),
@@ -93,14 +93,14 @@ def test_training_flags_are_accepted_in_both_spellings_and_unknown_ones_refused(
     training = """--num_layers 4 --hidden-size 40 --swiglu --use-flash-attn --bf16 --lr 1e-4 --data-path 0.5 a_b 0.5 c_d
         --no-async-tensor-model-parallel-allreduce --tokenizer-model=/a_b/c_d --sequence-parallel"""
     prune_llama.main([*base, *training.split()])
-    args = prune_llama.parse([*base, *training.split()])
+    args = prune_llama.parser().parse_args(hyphenated([*base, *training.split()]))
     assert args.data_path == ["0.5", "a_b", "0.5", "c_d"] and args.tokenizer_model == "/a_b/c_d"
     for wrong in ("--hiden-size-remain", "--hidden-size-remai"):
         with pytest.raises(SystemExit) as leave:
-            prune_llama.parse([*base, wrong, "32"])
+            prune_llama.parser().parse_args([*base, wrong, "32"])
         assert leave.value.code == 2
     with pytest.raises(SystemExit):
-        prune_llama.parse([*base[:-1], "1,x"])
+        prune_llama.parser().parse_args([*base[:-1], "1,x"])
 
 
 def test_flag_list_is_that_of_the_wheel() -> None:

@@ -116,7 +116,7 @@ def test_scores_are_those_of_the_definitions_in_every_layout(folder: Path, name:
     model = folder / CASES[name][0]
     tokens = windows(folder / "text", LENGTH, SEQUENCES, open_checkpoint(model), spread=True)
     sums = reference(model, tokens)
-    assert found.loss == pytest.approx(float(sums.pop("loss")) / tokens[:, 1:].size, rel=1e-6)
+    assert found.facts.loss == pytest.approx(float(sums.pop("loss")) / tokens[:, 1:].size, rel=1e-6)
     for what, expected in sums.items():
         assert np.allclose(found.sums[what], expected, rtol=2e-5, atol=1e-9), what
     assert found.parent == fingerprint(open_checkpoint(model))
@@ -295,7 +295,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     monkeypatch.setattr(score_importance, "from_first", lambda value: value)
     monkeypatch.setattr(score_importance, "SAVE_SECONDS", 0.0)  # after every sequence
     text = np.tile(np.arange(6)[:, None], 5)
-    sizes = synthetic(gqa).sizes
+    sizes = synthetic(gqa).facts.sizes
     empty = synthetic(
         gqa, sequences=0, sequences_wanted=6, loss=0.0, sums={n: np.zeros(s) for n, s in shapes(sizes).items()}
     )
@@ -303,10 +303,10 @@ def test_an_interrupted_run_goes_on_where_it_was(
     save = tmp_path / "s"
     with pytest.raises(KeyboardInterrupt):
         score_importance.score(save, empty, FakeRecorder(stop_at=4), text, 1, 0)
-    assert not save.exists() and read(tmp_path / ".s.partial").sequences == 4
+    assert not save.exists() and read(tmp_path / ".s.partial").facts.sequences == 4
     score_importance.score(save, empty, FakeRecorder(stop_at=3), text, 1, 0)  # would stop, did it begin again
     assert "going on after 4 of 6 sequences" in capsys.readouterr().out
-    assert read(save).sequences == 6 and not (tmp_path / ".s.partial").exists()
+    assert read(save).facts.sequences == 6 and not (tmp_path / ".s.partial").exists()
     assert all((array == 111111).all() for array in read(save).sums.values())
 
     (tmp_path / ".s.partial").write_bytes(save.read_bytes())

@@ -91,7 +91,7 @@ def test_proposals_are_shown_and_one_is_taken(gqa: Path, tmp_path: Path, capsys:
     plan = plan_of(prune(gqa, tmp_path / "p", "--target-ratio=0.6", "--shape=2", "--format=torch_dist"))
     sizes = [f"{plan.sizes[axis]:,}" for axis in ("layers", "hidden", "ffn", "heads", "groups")]
     assert second[:6] == ["2", *sizes]
-    assert plan.layer_criterion == "spaced"
+    assert plan.evidence.layer_criterion == "spaced"
     # By bytes of the weights, 4 each here: a ceiling.
     capsys.readouterr()
     prune(gqa, tmp_path / "q", "--target-memory=160kB")

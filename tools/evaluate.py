@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.hf_config import config_to_hf, hf_export_problem
+from megatron.pruning.plan.report import table
 from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.views import cast, read_all
 from megatron.pruning.training.tokens import windows
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = new_parser("evaluate.py", __doc__)
     gpu = torch.cuda.is_available()
     parser.add_argument("--load", type=Path, action="append", required=True, metavar="DIR", help="may be repeated")
@@ -54,7 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=tuple(TORCH_NAMES), default="bf16" if gpu else "fp32", help="to compute in")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default: a GPU when there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    return parser.parse_args(hyphenated(argv))
+    return parser
 
 
 def build(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
@@ -79,7 +80,7 @@ def build(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
 def loss(model: PreTrainedModel, data: torch.Tensor, batch: int, name: str) -> float:
     """Return the mean cross entropy in nats over every token but the first of each window."""
     total = 0.0
-    for part in tqdm(data.split(batch), desc=name, leave=False, disable=not sys.stderr.isatty()):
+    for part in tqdm(torch.split(data, batch), desc=name, leave=False, disable=not sys.stderr.isatty()):
         part = part.to(model.device)
         logits = model(part[:, :-1]).logits.float()
         total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
@@ -117,22 +118,19 @@ def task_scores(checkpoint: Checkpoint, model: PreTrainedModel, args: argparse.N
     }
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def result_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return one line a checkpoint and a column a figure."""
-    shown = {"path": str, "parameters": "{:,}".format, "perplexity": "{:.2f}".format}
-    lines = [["checkpoint", *list(results[0])[1:]]]
-    lines += [[shown.get(name, "{:.4f}".format)(value) for name, value in result.items()] for result in results]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    first, *others = widths
-    return "\n".join(
-        "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))])
-        for line in lines
-    )
+    shown: dict[str, Callable[[Any], str]] = {
+        "path": str, "parameters": "{:,}".format, "perplexity": "{:.2f}".format
+    }  # fmt: skip
+    rows = [["checkpoint", *list(results[0])[1:]]]
+    rows += [[shown.get(name, "{:.4f}".format)(value) for name, value in result.items()] for result in results]
+    return table(rows)
 
 
 def main(argv: Sequence[str]) -> None:
     """Evaluate every checkpoint on the same tokens and tasks and print one table."""
-    args = parse(argv)
+    args = parser().parse_args(hyphenated(argv))
     if not args.data and not args.tasks:
         raise ValueError("give --data, --tasks or both: what the checkpoints are to be compared on")
     if args.tasks and not importlib.util.find_spec("lm_eval"):
@@ -158,10 +156,15 @@ def main(argv: Sequence[str]) -> None:
             result["loss"] = loss(model, data, args.batch_size, str(checkpoint.path))
             result["perplexity"] = math.exp(result["loss"])
         results.append(result | (task_scores(checkpoint, model, args) if args.tasks else {}))
-    print(table(results))
+    print(result_table(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run as the installed command does."""
     run(main)
+
+
+if __name__ == "__main__":
+    command()

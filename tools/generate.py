@@ -14,18 +14,18 @@ from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = new_parser("generate.py", __doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint")
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="a prompt (default 64)")
-    return parser.parse_args(hyphenated(argv))
+    return parser
 
 
 def main(argv: Sequence[str]) -> None:
     """Continue every prompt greedily and print it."""
-    args = parse(argv)
+    args = parser().parse_args(hyphenated(argv))
     if not (args.load / "config.json").is_file():
         raise ValueError(f"--load {args.load} is not a Hugging Face checkpoint: it has no config.json")
     tokenizer = AutoTokenizer.from_pretrained(args.load)
@@ -38,5 +38,10 @@ def main(argv: Sequence[str]) -> None:
         print(f"--- {prompt!r}\n{tokenizer.decode(out[0], skip_special_tokens=True)}\n")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run as the installed command does."""
     run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron.pruning.cli.entry import run
-from megatron.pruning.cli.flags import hyphenated, new_parser
+from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.storage.progress import Progress
 from megatron.pruning.training.quiet import quiet_imports
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: an input is missing, empty or has a bad line, or the tokenizer cannot be built; one sentence.
     """
-    args = parse_arguments(arguments)
+    args = parser().parse_args(hyphenated(arguments))
     inputs = [Path(path) for path in args.input]
     for path in inputs:
         if not path.is_file():
@@ -100,8 +100,8 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{documents:,} documents, {tokens:,} tokens{skipped}: {', '.join(outputs)}.bin and .idx")
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = new_parser("preprocess_data.py", __doc__)
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -115,7 +115,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     data.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     data.add_argument("--skip-bad-lines", action="store_true", help="report and skip what cannot be read")
-    data.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
+    data.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that tokenize (default: 1)")
     tokens = parser.add_argument_group("tokenizer, as Megatron's training names it")
     tokens.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
     tokens.add_argument("--tokenizer-model", metavar="PATH", help="a file or a folder, whichever the type wants")
@@ -123,10 +123,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     tokens.add_argument("--merge-file", metavar="FILE", help="for GPT2BPETokenizer")
     tokens.add_argument("--vocab-size", type=int, metavar="N", help="for NullTokenizer and TikTokenizer")
     tokens.add_argument("--tiktoken-pattern", choices=["v1", "v2"], help="for TikTokenizer")
-    args = parser.parse_args(hyphenated(arguments))
-    if args.workers < 1:
-        parser.error("--workers must be at least 1")
-    return args
+    return parser
 
 
 def build_tokenizer(args: argparse.Namespace) -> Any:
@@ -308,5 +305,10 @@ def _texts(raw: bytes) -> list[str]:
     return [record[key] for key in _worker.keys]
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run as the installed command does."""
     run(main)
+
+
+if __name__ == "__main__":
+    command()

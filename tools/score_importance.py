@@ -46,8 +46,8 @@ SAVE_SECONDS = 30.0  # about so much work is lost by an interruption
 LONGEST = 4096  # tokens of a sequence, unless asked for
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = new_parser("score_importance.py", __doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="Hugging Face or Megatron")
     parser.add_argument("--iteration", type=int, metavar="N", help="of a Megatron source (default: the latest)")
@@ -76,12 +76,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="T", help="(default 1)")
     parser.add_argument("--pipeline-model-parallel-size", type=positive, default=1, metavar="P", help="(default 1)")
     parser.add_argument("--dtype", choices=tuple(TORCH_NAMES), help="to compute in (default: bf16 on GPUs, else fp32)")
-    return parser.parse_args(hyphenated(argv))
+    return parser
 
 
 def main(argv: Sequence[str]) -> None:
     """Read the text through the model and write what was seen."""
-    args = parse(argv)
+    args = parser().parse_args(hyphenated(argv))
     if args.save.exists() and not args.overwrite:
         raise ValueError(f"--save {args.save} exists: add --overwrite to replace it")
     if args.save.is_dir():
@@ -175,7 +175,7 @@ def add(so_far: Scores, sums: dict[str, np.ndarray], sequences: int) -> Scores:
     """Return `so_far` with the sums since, up to the first `sequences`. ValueError: they hold NaN or infinities."""
     more = sequences - so_far.facts.sequences
     loss = float(sums.pop("loss")[0]) / (more * so_far.facts.sequence_length)
-    if not all(np.isfinite(array).all() for array in (*sums.values(), np.float64(loss))):
+    if not all(np.isfinite(array).all() for array in (*sums.values(), np.array(loss))):
         raise ValueError("the model gives NaN or infinite numbers on this text: its weights, or --dtype, do not do")
     return so_far.plus(sums, more, loss)
 
@@ -206,5 +206,10 @@ def from_first(value: float) -> float:
     return float(told)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run as the installed command does."""
     run(main, left="the same command goes on where it was")
+
+
+if __name__ == "__main__":
+    command()

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.pruning.cli.entry import run
-from megatron.pruning.cli.flags import new_parser
+from megatron.pruning.cli.flags import hyphenated, new_parser
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.storage.manifest import MANIFEST, read_manifest, verify
@@ -29,15 +29,15 @@ from megatron.pruning.storage.progress import Progress
 from megatron.pruning.storage.views import View, blocks, cast
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = new_parser("show_checkpoint.py", __doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of any format")
     parser.add_argument("--iteration", type=int, metavar="N", help="of a Megatron checkpoint (default: the latest)")
     parser.add_argument("--weights", action="store_true", help="list every logical weight: shape, dtype, L2 norm")
     parser.add_argument("--verify", action="store_true", help=f"check all files against {MANIFEST}")
     parser.add_argument("--digest", action="store_true", help="print the digest of all logical weights")
-    return parser.parse_args(argv)
+    return parser
 
 
 def describe(checkpoint: Checkpoint) -> str:
@@ -106,7 +106,7 @@ def check_files(directory: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Open, print."""
-    args = parse(argv)
+    args = parser().parse_args(hyphenated(argv))
     if args.verify:  # first: what is damaged may not open
         check_files(args.path)
     checkpoint = open_checkpoint(args.path, args.iteration)
@@ -119,5 +119,10 @@ def main(argv: Sequence[str]) -> None:
         print(f"digest  {digest(checkpoint)}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run as the installed command does."""
     run(main)
+
+
+if __name__ == "__main__":
+    command()

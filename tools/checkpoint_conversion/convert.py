@@ -52,5 +52,10 @@ def main(argv: Sequence[str]) -> None:
     world.leave()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run as the installed command does."""
     run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -31,8 +31,9 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
     for format in FORMATS.values():
         if (directory := format.detect(path, iteration)) is not None:
             return format.open(path, directory)
-    marks = " or ".join(f"{format.mark} ({format.name})" for format in FORMATS.values())
-    raise ValueError(f"--load {path} is not a checkpoint: it has neither {marks}")
+    formats = {mark: [f.name for f in FORMATS.values() if f.mark == mark] for mark in _marks()}
+    known = " nor a ".join(f"{mark} ({', '.join(names)})" for mark, names in formats.items())
+    raise ValueError(f"--load {path} is not a checkpoint: it has neither a {known}")
 
 
 def check_target(path: Path, overwrite: bool) -> None:

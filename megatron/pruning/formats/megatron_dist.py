@@ -25,6 +25,7 @@ from megatron.pruning.formats.megatron import (
     split_key,
 )
 from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.megatron_args import config_to_args
 from megatron.pruning.storage.dcp_file import (
@@ -179,21 +180,25 @@ def dist_output(checkpoint: Checkpoint, options: SaveOptions) -> Output:
     files = [
         DistFile(f"release/__{i}_0.distcp", part, objects if i == 0 else {}) for i, part in enumerate(_parts(pieces))
     ]
+    texts = side_files(checkpoint, layout, dtype)
+    texts[f"release/{METADATA}"] = metadata_bytes(files, layers)
+    texts["release/common.pt"] = object_bytes(_common(config, layout))
+    versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    texts["release/metadata.json"] = as_json({**versions, "common_backend": "torch", "common_backend_version": 1})
+    return files, texts
+
+
+def _common(config: LlamaConfig, layout: Layout) -> dict[str, Any]:
+    """Return what `common.pt` holds: what every rank of a training knows."""
     args = config_to_args(config, layout)
     args.ckpt_format = "torch_dist"
-    common = {
+    return {
         "args": args,
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    texts = side_files(checkpoint, layout, dtype)
-    texts[f"release/{METADATA}"] = metadata_bytes(files, layers)
-    texts["release/common.pt"] = object_bytes(common)
-    versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    texts["release/metadata.json"] = as_json({**versions, "common_backend": "torch", "common_backend_version": 1})
-    return files, texts
 
 
 def _parts(pieces: Sequence[Piece]) -> list[list[Piece]]:

@@ -32,9 +32,7 @@ from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.formats.megatron import rank_views
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.model.megatron_args import config_to_args
-from megatron.pruning.training.local_layers import gpt_config
-from megatron.pruning.training.stock_model import fill
+from megatron.pruning.training.stock_model import load_weights, model_config
 
 # What of the student's flags does not hold for a teacher that is whole on one stage and never trained.
 _TEACHER_ARGS: dict[str, Any] = {
@@ -151,9 +149,7 @@ class Distillation:
 
     def _config(self, args: argparse.Namespace) -> GPTModelConfig:
         """The teacher's configuration: its own shape, and how to compute as the student has it."""
-        shape = vars(config_to_args(self.checkpoint.config, self.layout))
-        shape = {name: value for name, value in shape.items() if name not in ("seq_length", "ckpt_format")}
-        return gpt_config(argparse.Namespace(**vars(args) | shape | _TEACHER_ARGS))
+        return model_config(self.checkpoint.config, self.layout, args, _TEACHER_ARGS)
 
     def _build(self, models: list[Any]) -> list[Any]:
         """Builds and fills the teacher where the student's logits will be; a hook of Megatron's model builder."""
@@ -163,7 +159,7 @@ class Distillation:
             teacher = GPTModelBuilder(self.config).build_model(groups, pre_process=True, post_process=True)
             teacher = teacher.to(device=torch.cuda.current_device(), dtype=self.config.transformer.params_dtype)
             views = rank_views(self.checkpoint, self.layout, mpu.get_tensor_model_parallel_rank(), 0)
-            fill(teacher, views)
+            load_weights(teacher, views)
             self.teacher = teacher.requires_grad_(False).eval()
         print_rank_0(f"teacher: {self.checkpoint}")
         return models

@@ -3,20 +3,22 @@
 The layers are the local ones (local_layers.py), whose norms and linears are modules of their own that a hook can watch.
 """
 
+import argparse
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models import GPTModelConfig
 from megatron.training.models.gpt import GPTModelBuilder
 
-from megatron.pruning.formats.megatron import full_key, rank_views
+from megatron.pruning.formats.megatron import LOCAL, full_key, rank_views
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
@@ -25,7 +27,7 @@ from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.processes import World
 from megatron.pruning.storage.views import View, blocks
 from megatron.pruning.training import cpu_device
-from megatron.pruning.training.local_layers import local_layers
+from megatron.pruning.training.local_layers import gpt_config
 from megatron.pruning.training.quiet import quiet_imports
 
 
@@ -52,74 +54,56 @@ def join(layout: Layout) -> None:
 def build(checkpoint: Checkpoint, layout: Layout, dtype: str) -> GPTModel:
     """Return this rank's stage of the model, in eval mode and without gradients, with the weights of `checkpoint`.
 
-    Args:
-        checkpoint: of any format and layout, one that can be cut to `layout`; this rank reads what it will hold.
-        layout: of the model that is built; `join` has made its groups.
-        dtype: of the weights and of the computation: fp32, bf16 or fp16.
+    `checkpoint` may be of any format and layout, if it can be cut to `layout`, whose groups `join` has made: this rank
+    reads what it will hold. `dtype` is that of the weights and of the computation: fp32, bf16 or fp16.
     """
     with quiet_imports():
-        config = _model_config(checkpoint.config, layout, getattr(torch, TORCH_NAMES[dtype]))
-        model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+        model = GPTModelBuilder(_watched_model(checkpoint.config, layout, dtype)).build_model(
+            ProcessGroupCollection.use_mpu_process_groups()
+        )
     model.requires_grad_(False).eval().cuda()
     stage = parallel_state.get_pipeline_model_parallel_rank()
     views = rank_views(checkpoint, layout, parallel_state.get_tensor_model_parallel_rank(), stage)
-    fill(model, views, layout.layers_of_stage(checkpoint.config.num_layers, stage).start)
+    load_weights(model, views, layout.layers_of_stage(checkpoint.config.num_layers, stage).start)
     return model
 
 
-def _model_config(config: LlamaConfig, layout: Layout, dtype: torch.dtype) -> GPTModelConfig:
-    args = config_to_args(config, layout)
-    transformer = TransformerConfig(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups,
-        kv_channels=args.kv_channels,
-        normalization=args.normalization,
-        layernorm_epsilon=args.norm_epsilon,
-        gated_linear_unit=args.swiglu,
-        activation_func=F.silu,
-        add_bias_linear=args.add_bias_linear,
-        add_qkv_bias=args.add_qkv_bias,
-        qk_layernorm=args.qk_layernorm,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        attention_backend=AttnBackend.unfused,
-        perform_initialization=False,
-        use_cpu_initialization=cpu_device.is_installed(),
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        persist_layer_norm=False,
-    )
-    built = GPTModelConfig(
-        transformer=transformer,
-        transformer_layer_spec=local_layers,
-        vocab_size=args.padded_vocab_size,
-        seq_length=args.max_position_embeddings,
-        position_embedding_type=args.position_embedding_type,
-        rotary_base=args.rotary_base,
-        rope_scaling=args.use_rope_scaling,
-        rope_scaling_factor=args.rope_scaling_factor,
-        share_embeddings_and_output_weights=config.tied,
-    )
+def _watched_model(config: LlamaConfig, layout: Layout, dtype: str) -> GPTModelConfig:
+    """Return the configuration of a model that is only looked at: of local layers, without any fused kernel."""
+    parser = add_megatron_arguments(argparse.ArgumentParser())
+    if cpu_device.is_installed():
+        cpu_device.add_defaults(parser)
+    own = {
+        "params_dtype": getattr(torch, TORCH_NAMES[dtype]),
+        "bf16": dtype == "bf16",
+        "fp16": dtype == "fp16",
+        "transformer_impl": LOCAL,
+        "attention_backend": AttnBackend.unfused,
+        "perform_initialization": False,
+        **dict.fromkeys(("gradient_accumulation_fusion", "masked_softmax_fusion", "apply_rope_fusion"), False),
+        **dict.fromkeys(("bias_swiglu_fusion", "bias_dropout_fusion"), False),
+        "no_persist_layer_norm": True,
+        "seq_length": config.max_position_embeddings,
+    }
+    built = model_config(config, layout, parser.parse_args([]), own)
     built.finalize()
     return built
 
 
-def fill(model: torch.nn.Module, views: dict[tuple[str, int | None], View], first_layer: int = 0) -> None:
+def model_config(
+    config: LlamaConfig, layout: Layout, args: argparse.Namespace, own: Mapping[str, Any]
+) -> GPTModelConfig:
+    """Return Megatron's configuration of a model of this shape, that computes as `args` and, before them, `own` say."""
+    shape = vars(config_to_args(config, layout))
+    shape = {name: value for name, value in shape.items() if name not in ("seq_length", "ckpt_format")}
+    return gpt_config(argparse.Namespace(**{**vars(args), **shape, **own}))
+
+
+def load_weights(model: torch.nn.Module, views: dict[tuple[str, int | None], View], first_layer: int = 0) -> None:
     """Read what this rank holds into the parameters of its stage, which are all of them, a block of rows at a time.
 
-    Args:
-        model: a GPTModel of local or TransformerEngine's layers, whose names of norms differ.
-        views: as `rank_views` gives them, by Megatron name and global layer.
-        first_layer: of this stage.
+    `model` is a GPTModel of local or TransformerEngine's layers, whose names of norms differ; `views` are those of
+    `rank_views`, by Megatron name and global layer; `first_layer` is the global number of the stage's first one.
     """
     parameters = dict(model.named_parameters())
     for (name, layer), view in views.items():

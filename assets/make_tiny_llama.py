@@ -1,8 +1,8 @@
 """Makes assets/tiny-llama, the small Llama that the project carries to show itself on.
 
-    python tools/make_tiny_llama.py --data-only DIR                # only its text: DIR/train.jsonl and DIR/valid.jsonl
-    python tools/make_tiny_llama.py                                # everything, in about 40 minutes on two cores
-    python tools/make_tiny_llama.py --minutes 2 --save TINY --work RUN   # a rehearsal
+    python assets/make_tiny_llama.py --data-only DIR                # only its text: DIR/train.jsonl and DIR/valid.jsonl
+    python assets/make_tiny_llama.py                                # everything, in about 40 minutes on two cores
+    python assets/make_tiny_llama.py --minutes 2 --save TINY --work RUN   # a rehearsal
 
 The text is Python's own standard library, so that nothing has to be fetched. The tokenizer is SentencePiece BPE with
 byte fallback and gives back every source text unchanged; its Hugging Face form differs in that a literal <s> or </s> in

@@ -16,7 +16,7 @@ from megatron.pruning.plan.shapes import Shape
 from megatron.pruning.storage.small_files import write_durably
 
 STEPS = 200
-_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "check_model.sh"
+_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "check_model.sh"
 
 # Flags of the stock loop that check_model.sh has a setting of the same name for: those given are handed on.
 _HANDED_ON = (
