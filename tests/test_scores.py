@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference(model: Path, tokens: np.ndarray) -> dict[str, torch.Tensor]:
-    """The sums of calibration.py, from the definitions in its docstring, one sequence at a time."""
+    """The sums of plan/scores.py, from the definitions in its docstring, one sequence at a time."""
     llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
     config, seen = llama.config, {}
 

@@ -1,1 +1,1 @@
-"""The entry scripts beside prune_llama.py and pretrain_gpt.py; an installed wheel has them as megatron.pruning.tools."""
+"""The entry scripts beside prune_llama.py and pretrain_gpt.py; a wheel has them as megatron.pruning.tools."""

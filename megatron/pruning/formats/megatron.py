@@ -55,7 +55,7 @@ _OLD_NAMES = {
     "mlp.dense_h_to_4h": "mlp.linear_fc1",
     "mlp.dense_4h_to_h": "mlp.linear_fc2",
 }
-# Of the largest value: what replicas of a weight may differ by.
+# Replicas of a weight may differ by this share of its largest value.
 _DRIFT = 0.01
 _LAYER_KEY = re.compile(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.+)")
 

@@ -45,7 +45,7 @@ from megatron.pruning.storage.torch_reader import load_torch
 from megatron.pruning.storage.views import File, View, cast, concat
 
 _STACKED = "decoder.layers."
-# What the stock loader wants beside each layer's linear weights.
+# The stock loader wants an extra state beside each of these weights of a layer.
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "common_state", "opt_param_scheduler")
 

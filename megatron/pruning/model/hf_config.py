@@ -21,7 +21,7 @@ _HF_NAMES = {
     "max_position_embeddings": "max_position_embeddings",
 }
 _MUST_BE_SAID = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
-# What transformers takes for granted of every family, where it differs from the defaults of LlamaConfig.
+# Transformers takes these for granted when config.json does not say them; LlamaConfig has other defaults.
 _UNSAID = {"norm_epsilon": 1e-6, "max_position_embeddings": 2048}
 # Settings that would make a model something else than the table's Llama, and the only values they may have.
 _REQUIRED: Mapping[str, tuple[Any, ...]] = {
@@ -32,7 +32,8 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0, None),
     "sliding_window": (None,),
 }
-# What is written anew, or by transformers itself: layer_types and max_window_layers are of the parent's layers.
+# Names that are not carried on: they are written anew, or are of the parent's layers, as layer_types and
+# max_window_layers are.
 _OWNED = {*_HF_NAMES.values(), "model_type", "rope_parameters", "rope_scaling", "rope_theta", "torch_dtype", "dtype"}
 _OWNED |= {"layer_types", "max_window_layers"}
 

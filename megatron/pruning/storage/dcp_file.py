@@ -1,7 +1,7 @@
 """Files of torch.distributed.checkpoint (DCP): `.metadata` says where each chunk of each tensor lies in .distcp files.
 
-`.metadata` is a pickle, read as data (see pickled_data.py). Each entry of a .distcp file is a whole file of torch.save,
-read as torch_file.py reads those.
+`.metadata` is a pickle, read as data (see pickles.py). Each entry of a .distcp file is a whole file of torch.save,
+read as torch_reader.py reads those.
 """
 
 import functools

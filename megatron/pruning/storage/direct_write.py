@@ -25,7 +25,7 @@ from megatron.pruning.storage.manifest import Digest
 from megatron.pruning.storage.views import BLOCK_BYTES, Bits, View
 
 EXTENT_BYTES = BLOCK_BYTES
-# What direct writes must be a multiple of, in memory, in the file and in length: no device wants more than a page.
+# Direct writes must be aligned to this in memory, in the file and in length; no device wants more than a page.
 _ALIGNMENT = 4096
 # More than processors, because some threads wait for the disk.
 _THREADS = min(8, 2 * (os.cpu_count() or 1))

@@ -130,7 +130,7 @@ def _building(path: Path, need: int, check: Callable[[], None], world: World) ->
         if world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = _lock(partial, path)
-            # What a run that was killed left behind; it may have been between the two renames of `_rename_twice`.
+            # A run that was killed may have left these, even between the two renames of `_rename_twice`.
             if old.exists() and not path.exists():
                 old.rename(path)
             shutil.rmtree(old, ignore_errors=True)  # another run may be removing it
@@ -184,7 +184,7 @@ def _put_in_place(partial: Path, path: Path, old: Path) -> None:
         partial.rename(path)
         _sync_directory(path.parent)
         return
-    # What is replaced will lie under the name of `partial`: its lock keeps other runs from it until it is gone.
+    # The replaced directory will have the name of `partial`: a lock keeps other runs from it until it is gone.
     replaced = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(replaced, fcntl.LOCK_EX)

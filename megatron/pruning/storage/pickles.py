@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# What the classes of a checkpoint's plain values belong to. Nothing of them is imported: any other name is a sign that
+# The modules of the classes that a checkpoint's plain values have. None is imported: any other name is a sign that
 # the file wants to do something, which is said instead of ignored.
 _MODULES = frozenset("_codecs _io argparse collections megatron numpy pathlib signal torch transformer_engine".split())
 _PLAIN_BUILTINS = frozenset(("set", "frozenset", "bytearray", "complex", "slice", "range", "object"))

@@ -1,7 +1,7 @@
 """Files of torch.save: read safely and lazily, written in one pass, and both without torch.
 
 Such a file is a zip archive that keeps every tensor's storage, uncompressed, in an entry of its own, and a pickle that
-says what is made of them. The pickle is read as data (see pickled_data.py) and the storages stay where they are: a
+says what is made of them. The pickle is read as data (see pickles.py) and the storages stay where they are: a
 tensor is a `Tensor`, which tells where its bytes lie.
 """
 
@@ -19,7 +19,8 @@ from megatron.pruning.storage.dtypes import BY_STORAGE, BYTES
 from megatron.pruning.storage.pickles import NotDataError, Record, read_pickle
 from megatron.pruning.storage.views import File, Stored
 
-# Of a pickle or a zip archive's directory: several times what the largest Llama needs, its optimizer included.
+# A pickle or a zip archive's directory may have this many bytes: several times what the largest Llama needs, its
+# optimizer included.
 MAX_HEADER_BYTES = 1 << 25
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name and its extra field
 

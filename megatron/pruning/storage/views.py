@@ -28,15 +28,15 @@ Index = NDArray[np.intp]
 Bits = NDArray[Any]
 
 BITS: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 2: np.dtype("<i2")}
-# Of what is moved at once, and the most that is read for it where only a part is kept, however small that is. Smaller
-# blocks cost more Python than copying, larger ones leave the processor's cache.
+# This many bytes are moved at once, and at most as many are read for them where only a part is kept. Smaller blocks
+# cost more Python than copying, larger ones leave the processor's cache.
 BLOCK_BYTES = 1 << 22
 # Two runs of rows closer than this are read in one go: a seek costs more than the bytes between them.
 READ_GAP_BYTES = 1 << 14
 
 
 class _Free(threading.local):
-    """The buffers of this thread that nobody uses now."""
+    """The buffers of this thread that are free."""
 
     def __init__(self) -> None:
         self.buffers: list[Bits] = []

@@ -34,7 +34,7 @@ from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.training.stock_model import load_weights, model_config
 
-# What of the student's flags does not hold for a teacher that is whole on one stage and never trained.
+# Flags of the student that do not hold for a teacher, which is whole on one stage and never trained.
 _TEACHER_ARGS: dict[str, Any] = {
     "perform_initialization": False,
     "gradient_accumulation_fusion": False,
@@ -68,18 +68,11 @@ class VocabParallelKL(torch.autograd.Function):
     def forward(
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, temperature: float, vocab: int, group: Any
     ) -> torch.Tensor:
-        """Computes, in fp32, temperature^2 times the divergence in nats.
+        """Return temperature^2 times the divergence in nats, computed in fp32, `[...]`, the same on every rank.
 
-        Args:
-            ctx: takes what `backward` needs.
-            student: this rank's logits, `[..., padded vocabulary / ranks]`.
-            teacher: those of the teacher, in the same shape; they get no gradient.
-            temperature: by which both are divided, above 0.
-            vocab: size of the vocabulary without padding, over all ranks.
-            group: the tensor-parallel ranks, in the order of the vocabulary.
-
-        Returns:
-            `[...]`, the same on every rank of the group.
+        `student` and `teacher` are this rank's logits, `[..., padded vocabulary / ranks]`; the teacher's get no
+        gradient. `vocab` is the size of the vocabulary without padding over all ranks of `group`, which are in its
+        order; `temperature` is above 0.
         """
         width = student.shape[-1]
         mine = min(max(vocab - torch.distributed.get_rank(group) * width, 0), width)  # columns that are no padding
@@ -93,7 +86,10 @@ class VocabParallelKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Of the student's logits: temperature * (softmax(student / temperature) - softmax(teacher / temperature))."""
+        """Return the gradient of the student's logits.
+
+        It is temperature * (softmax(student / temperature) - softmax(teacher / temperature)).
+        """
         (difference,) = ctx.saved_tensors
         gradient = difference * (gradients[0].unsqueeze(-1) * ctx.temperature)
         padding = ctx.width - difference.shape[-1]
@@ -101,7 +97,7 @@ class VocabParallelKL(torch.autograd.Function):
 
 
 def _log_softmax(logits: list[torch.Tensor], temperature: float, group: Any) -> list[torch.Tensor]:
-    """Log-probabilities in fp32 of this rank's columns, of several tensors of one shape with the same two all-reduces.
+    """Return log-probabilities in fp32 of this rank's columns, of several tensors by the same two all-reduces.
 
     The largest logit is taken off first: what is rounded then is the distance to it, not the logit. A rank may have no
     column at all.
@@ -118,13 +114,9 @@ def _log_softmax(logits: list[torch.Tensor], temperature: float, group: Any) -> 
 class Distillation:
     """The teacher of one training run, and the loss that it makes.
 
-    Args:
-        args: all flags, Megatron's and those of `training_flags.add_defaults`.
-        model: the student's configuration; the teacher is built right after the student is.
-
-    Raises:
-        ValueError: the teacher is not there, is damaged, cannot be cut to this run's layout or computed by Megatron,
-            or has another vocabulary than the student.
+    `args` are all flags, Megatron's and those of flags.py; `model` is the student's configuration: the teacher is built
+    right after the student is. Raises ValueError when the teacher is not there, is damaged, cannot be cut to this run's
+    layout or computed by Megatron, or has another vocabulary than the student.
     """
 
     def __init__(self, args: argparse.Namespace, model: GPTModelConfig) -> None:
@@ -148,11 +140,11 @@ class Distillation:
         model.post_wrap_hooks.append(self._build)
 
     def _config(self, args: argparse.Namespace) -> GPTModelConfig:
-        """The teacher's configuration: its own shape, and how to compute as the student has it."""
+        """Return the teacher's configuration: its own shape, and how to compute as the student has it."""
         return model_config(self.checkpoint.config, self.layout, args, _TEACHER_ARGS)
 
     def _build(self, models: list[Any]) -> list[Any]:
-        """Builds and fills the teacher where the student's logits will be; a hook of Megatron's model builder."""
+        """Build and fill the teacher where the student's logits will be; a hook of Megatron's model builder."""
         if mpu.is_pipeline_last_stage():
             groups = ProcessGroupCollection.use_mpu_process_groups()
             groups.pp = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
@@ -165,14 +157,10 @@ class Distillation:
         return models
 
     def of(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Asks the teacher.
+        """Ask the teacher about a whole micro batch, whose tokens are `[batch, sequence]`.
 
-        Args:
-            batch: a whole micro batch; tokens are `[batch, sequence]`.
-
-        Returns:
-            the keyword arguments with which the student's forward pass gives its losses as `loss` takes them; none on
-            a stage that computes no loss.
+        Return the keyword arguments with which the student's forward pass gives its losses as `loss` takes them; none
+        on a stage that computes no loss.
         """
         if self.teacher is None:
             return {}
@@ -183,12 +171,10 @@ class Distillation:
         return {"output_processor": self._losses, "output_processor_context": logits}
 
     def _losses(self, context: torch.Tensor, labels: torch.Tensor, **student: Any) -> torch.Tensor:
-        """The lm loss and the kd loss of every token, `[2, batch, sequence]`; GPTModel calls it at its end.
+        """Return the lm loss and the kd loss of every token, `[2, batch, sequence]`; GPTModel calls it at its end.
 
-        Args:
-            context: the teacher's logits, `[sequence, batch, padded vocabulary / ranks]`.
-            labels: the next tokens, `[batch, sequence]`.
-            student: what else GPTModel gives, see `_logits`.
+        `context` has the teacher's logits, `[sequence, batch, padded vocabulary / ranks]`, `labels` are the next
+        tokens, `[batch, sequence]`, and `student` is what else GPTModel gives, see `_logits`.
         """
         logits = _logits(**student)
         group = mpu.get_tensor_model_parallel_group()
@@ -201,15 +187,10 @@ class Distillation:
     def loss(
         self, token_loss: Callable[..., Any], loss_mask: torch.Tensor, losses: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss to train on.
+        """Return the loss to train on, summed over the tokens that count, their number, and both losses for the log.
 
-        Args:
-            token_loss: sums one kind of loss over the tokens that count.
-            loss_mask: 1.0 where a token counts, `[batch, sequence]`.
-            losses: what the student's forward pass gave, `[2, batch, sequence]`.
-
-        Returns:
-            as `token_loss`: the sum over tokens that count, their number, and for the log the lm loss and the kd loss.
+        `token_loss` sums one kind of loss over the tokens where `loss_mask`, `[batch, sequence]`, is 1.0; `losses` is
+        what the student's forward pass gave, `[2, batch, sequence]`.
         """
         lm, _, lm_report = token_loss(loss_mask, losses[0])
         kd, tokens, kd_report = token_loss(loss_mask, losses[1])
@@ -220,7 +201,7 @@ class Distillation:
 def _logits(
     hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, scale_logits: Any, **unused: Any
 ) -> torch.Tensor:
-    """This rank's logits, `[sequence, batch, padded vocabulary / ranks]`, from what GPTModel gives at its end."""
+    """Return this rank's logits, `[sequence, batch, padded vocabulary / ranks]`, of what GPTModel gives at its end."""
     logits: torch.Tensor = scale_logits(output_layer(hidden_states, weight=output_weight)[0])
     return logits
 
@@ -234,11 +215,7 @@ def _open(path: str) -> Checkpoint:
 
 
 def _common_vocabulary(teacher: Checkpoint, args: argparse.Namespace) -> int:
-    """The size of the student's vocabulary, which is the teacher's too.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Return the size of the student's vocabulary. Raises ValueError unless it is the teacher's, too."""
     student, rows = args.vocab_size or get_tokenizer().vocab_size, teacher.config.vocab_size
     if not teacher.vocab_is_known and rows >= student:  # it counts its padding
         teacher.config = dataclasses.replace(teacher.config, vocab_size=student)

@@ -1,4 +1,4 @@
-"""Watches a GPTModel read text, one sequence at a time: the sums of calibration.py, on every layout.
+"""Watch a GPTModel read text, one sequence at a time, for the sums of plan/scores.py, on every layout.
 
 Each rank sums what it holds. A pipeline stage hands the next one its output together with the layer inputs so far (unit
 vectors at evenly spaced positions), so that the last stage, which has them all, compares every pair of layers.
@@ -12,23 +12,21 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
+from megatron.pruning.model.axes import AXES
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.scores import Sums
 
 POSITIONS = 512  # of a sequence, at most, at which layers are compared
 
-_SPLIT = ("heads", "ffn")  # arrays of which each tensor rank has its block of columns
+# Arrays of an axis that tensor parallelism splits: each rank has its block of columns.
+_SPLIT = tuple(axis.name for axis in AXES if axis.split)
 
 
 class Recorder:
     """The sums of one rank, fed by hooks on its stage of the model.
 
-    Args:
-        model: this rank's stage, in eval mode.
-        config: of the whole model.
-        layout: its tensor and pipeline sizes.
-        length: tokens of a sequence.
+    `model` is this rank's stage, in eval mode, `config` that of the whole model, `length` the tokens of a sequence.
     """
 
     def __init__(self, model: GPTModel, config: LlamaConfig, layout: Layout, length: int) -> None:
@@ -105,11 +103,9 @@ class Recorder:
 
     @torch.no_grad()
     def sequence(self, window: np.ndarray[Any, np.dtype[np.int64]], layer_losses: bool) -> None:
-        """Add one sequence.
+        """Add one sequence of `[length + 1]` tokens: the inputs and, one later, the labels.
 
-        Args:
-            window: `[length + 1]` tokens: the inputs and, one later, the labels.
-            layer_losses: whether to measure the loss without each layer as well: one more pass a layer.
+        With `layer_losses` the loss without each layer is measured, too, by one more pass a layer.
         """
         self.watching, self.states = True, []
         loss = self._forward(window)

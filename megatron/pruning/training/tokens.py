@@ -16,13 +16,9 @@ Tokens = NDArray[np.int64]
 def windows(data: Path, length: int, most: int, checkpoint: Checkpoint, spread: bool = False) -> Tokens:
     """Return at most `most` windows, `[windows, length + 1]`; each begins with the last token of the one before.
 
-    Args:
-        data: the prefix of a .bin and .idx, or a .jsonl file with a string under "text" in every line, which the
-            checkpoint's own tokenizer turns into tokens, with the end-of-text token after each.
-        length: tokens a window, without that first one.
-        most: windows.
-        checkpoint: whose vocabulary, and maybe tokenizer, this is.
-        spread: take them evenly from all of a .bin, and not from its start.
+    `data` is the prefix of a .bin and .idx, or a .jsonl file with a string under "text" in every line, which the
+    tokenizer of `checkpoint` turns into tokens, with the end-of-text token after each. With `spread` the windows are
+    taken evenly from all of a .bin, and not from its start.
 
     Raises ValueError when there is no such data, too little of it, or a token that the model does not have.
     """
