@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor
-from megatron.pruning.formats.huggingface import read_hf_config
+from megatron.pruning.formats.huggingface import CONFIG_FILE, read_hf_config
 from megatron.pruning.model.axes import axes_of
 from megatron.pruning.model.checkpoint import Checkpoint, carried_files_of
 from megatron.pruning.model.config import LlamaConfig
@@ -26,10 +26,14 @@ from megatron.pruning.storage.dcp_file import METADATA
 from megatron.pruning.storage.small_files import as_json, read_small
 from megatron.pruning.storage.views import View, cast, concat, read_all, take
 
-TE, LOCAL = "transformer_engine", "local"  # whose layers a checkpoint is of: --transformer-impl
+TE = "transformer_engine"  # whose layers a checkpoint is of, as --transformer-impl names them
+LOCAL = "local"
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FILES = "huggingface"  # config.json and tokenizer, carried for the way back
 ARGS_FILE = "megatron_args.txt"
+RELEASE = "release"  # the iteration that starts a new training: the stock loader takes no optimizer from it
+RANK_DIRECTORIES = "mp_rank_*"
+RANK_FILE = "model_optim_rng.pt"
 
 # Megatron name -> the rows that are fused under it, in order.
 FUSED = {weight.megatron: [row for row in TABLE if row.megatron == weight.megatron] for weight in TABLE}
@@ -86,20 +90,37 @@ def find_iteration(path: Path, iteration: int | None = None) -> Path | None:
     `iteration` names another one than the tracker does. Raises ValueError when that, or the tracker's, is not there.
     """
     if iteration is not None:
-        directory = path / f"iter_{iteration:07d}"
+        directory = path / iteration_directory(iteration)
         if not directory.is_dir():
             saved = ", ".join(sorted(found.name for found in path.glob("iter_*"))) or "none"
             raise ValueError(f"--iteration {iteration}: {path} has no {directory.name}; saved there: {saved}")
         return directory
     if (path / TRACKER).is_file():
-        latest = read_small(path / TRACKER).decode("utf-8", errors="replace").strip()
-        if latest != "release" and not (latest.isdecimal() and len(latest) < 20):
-            raise ValueError(f"{path / TRACKER} holds {latest[:40]!r}, neither a number nor 'release'")
-        directory = path / (latest if latest == "release" else f"iter_{int(latest):07d}")
+        directory = path / iteration_directory(tracked_iteration(path))
         if not directory.is_dir():
             raise ValueError(f"{path / TRACKER} names {directory.name}, which is not in {path}")
         return directory
-    return path if (path / METADATA).is_file() or any(path.glob("mp_rank_*")) else None
+    return path if (path / METADATA).is_file() or any(path.glob(RANK_DIRECTORIES)) else None
+
+
+def tracked_iteration(path: Path) -> int | str:
+    """Return what the tracker file of a checkpoint names: an iteration, or `release`. Raises ValueError if neither."""
+    latest = read_small(path / TRACKER).decode("utf-8", errors="replace").strip()
+    if latest == RELEASE:
+        return latest
+    if not (latest.isdecimal() and len(latest) < 20):
+        raise ValueError(f"{path / TRACKER} holds {latest[:40]!r}, neither a number nor {RELEASE!r}")
+    return int(latest)
+
+
+def iteration_directory(iteration: int | str) -> str:
+    """Return the name of the directory that holds the weights of an iteration."""
+    return RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}"
+
+
+def rank_directory(t: int, p: int, pipeline: int) -> str:
+    """Return the name of the directory of tensor rank `t`, pipeline rank `p` among `pipeline` stages."""
+    return f"mp_rank_{t:02d}_{p:03d}" if pipeline > 1 else f"mp_rank_{t:02d}"
 
 
 class MegatronCheckpoint(Checkpoint):
@@ -117,7 +138,7 @@ class MegatronCheckpoint(Checkpoint):
 
     def _read_config(self, directory: Path) -> LlamaConfig:
         config = config_from_args(self.args, str(directory))
-        carried = self.root / HF_FILES / "config.json"
+        carried = self.root / HF_FILES / CONFIG_FILE
         self.vocab_is_known = bool(getattr(self.args, "vocab_size", None)) or carried.is_file()
         if carried.is_file():
             hf = read_hf_config(carried)
@@ -246,13 +267,10 @@ def _rank_view(checkpoint: Checkpoint, name: str, layer: int | None, layout: Lay
 
 
 def side_files(checkpoint: Checkpoint, layout: Layout, dtype: str | None) -> dict[str, bytes]:
-    """Return the small files beside the weights: tokenizer and config for the way back, flags, and the tracker.
-
-    The tracker says `release`, which starts a new training: the stock loader takes no optimizer or iteration from it.
-    """
+    """Return the small files beside the weights: tokenizer and config for the way back, flags, and the tracker."""
     config = checkpoint.config
     texts = {f"{HF_FILES}/{name}": content for name, content in checkpoint.carried_files().items()}
-    texts[f"{HF_FILES}/config.json"] = as_json(config_to_hf(config, dtype or checkpoint.dtype))
+    texts[f"{HF_FILES}/{CONFIG_FILE}"] = as_json(config_to_hf(config, dtype or checkpoint.dtype))
     texts[ARGS_FILE] = "".join(f"{line}\n" for line in config_to_command_line(config, layout)).encode()
-    texts[TRACKER] = b"release"
+    texts[TRACKER] = RELEASE.encode()
     return texts

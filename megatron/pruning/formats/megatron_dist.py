@@ -15,6 +15,7 @@ import numpy as np
 from megatron.pruning.formats.format import Format, Output, SaveOptions
 from megatron.pruning.formats.huggingface import SHARD_BYTES
 from megatron.pruning.formats.megatron import (
+    RELEASE,
     TRACKER,
     MegatronCheckpoint,
     find_iteration,
@@ -44,6 +45,7 @@ from megatron.pruning.storage.small_files import as_json
 from megatron.pruning.storage.torch_reader import load_torch
 from megatron.pruning.storage.views import File, View, cast, concat
 
+COMMON = "common.pt"  # what all ranks know
 _STACKED = "decoder.layers."
 # The stock loader wants an extra state beside each of these weights of a layer.
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -139,8 +141,8 @@ def _row(boxes: dict[int, View]) -> View | None:
 
 def _read_args(directory: Path, entries: dict[str, Entry]) -> Namespace:
     common: Any = None
-    if (directory / "common.pt").is_file():
-        common = load_torch(directory / "common.pt")
+    if (directory / COMMON).is_file():
+        common = load_torch(directory / COMMON)
     elif (entry := entries.get("common_state/shard_0_1")) and entry.chunks:
         common = load_object(entry.chunks[0])
     if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
@@ -150,7 +152,7 @@ def _read_args(directory: Path, entries: dict[str, Entry]) -> Namespace:
 
 
 def dist_output(checkpoint: Checkpoint, options: SaveOptions) -> Output:
-    """Return the .distcp files and the small files of `checkpoint` in the format `torch_dist`, under `release/`.
+    """Return the .distcp files and the small files of `checkpoint` in the format `torch_dist`, under RELEASE.
 
     The layout is a hint for training only: the weights are stored whole and load in any layout. Raises ValueError
     unless the model divides evenly over its ranks, as it must when it is loaded.
@@ -178,13 +180,13 @@ def dist_output(checkpoint: Checkpoint, options: SaveOptions) -> Output:
         f"{_STACKED}{name}._extra_state/shard_{i}_{layers}": none for i in range(layers) for name in _EXTRA_STATES
     }
     files = [
-        DistFile(f"release/__{i}_0.distcp", part, objects if i == 0 else {}) for i, part in enumerate(_parts(pieces))
+        DistFile(f"{RELEASE}/__{i}_0.distcp", part, objects if i == 0 else {}) for i, part in enumerate(_parts(pieces))
     ]
     texts = side_files(checkpoint, layout, dtype)
-    texts[f"release/{METADATA}"] = metadata_bytes(files, layers)
-    texts["release/common.pt"] = object_bytes(_common(config, layout))
+    texts[f"{RELEASE}/{METADATA}"] = metadata_bytes(files, layers)
+    texts[f"{RELEASE}/{COMMON}"] = object_bytes(_common(config, layout))
     versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    texts["release/metadata.json"] = as_json({**versions, "common_backend": "torch", "common_backend_version": 1})
+    texts[f"{RELEASE}/metadata.json"] = as_json({**versions, "common_backend": "torch", "common_backend_version": 1})
     return files, texts
 
 

@@ -9,12 +9,16 @@ from typing import Any
 
 from megatron.pruning.formats.format import Format, Output, SaveOptions
 from megatron.pruning.formats.megatron import (
+    RANK_DIRECTORIES,
+    RANK_FILE,
+    RELEASE,
     TE,
     TRACKER,
     MegatronCheckpoint,
     find_iteration,
     full_key,
     is_known,
+    rank_directory,
     rank_views,
     side_files,
     split_key,
@@ -29,7 +33,6 @@ from megatron.pruning.storage.torch_reader import load_torch, stored
 from megatron.pruning.storage.torch_writer import archive, tensor
 from megatron.pruning.storage.views import File, View, cast
 
-RANK_FILE = "model_optim_rng.pt"
 _RANK_DIRECTORY = re.compile(r"mp_rank_(\d{2,})(_\d{3,})?")
 
 
@@ -52,7 +55,7 @@ class TorchCheckpoint(MegatronCheckpoint):
         layout = Layout(tensor, pipeline, divisor)
         super().__init__(path, directory, args, layout)
         numbers: dict[tuple[int, int], Any] = {}
-        self.has_optimizer = "optimizer" in first or any(directory.glob("mp_rank_*/distrib_optim.pt"))
+        self.has_optimizer = "optimizer" in first or any(directory.glob(f"{RANK_DIRECTORIES}/distrib_optim.pt"))
         for t in range(tensor):
             contents = [first if (t, p) == (0, 0) else _load_rank(ranks[t, p]) for p in range(pipeline)]
             for p, content in enumerate(contents):
@@ -179,13 +182,9 @@ def _rank_files(directory: Path) -> dict[tuple[int, int], Path]:
     for t in range(tensor):
         for p in range(pipeline):
             if (t, p) not in found or not found[t, p].is_file():
-                name = _rank_name(t, p, pipeline)
+                name = f"{rank_directory(t, p, pipeline)}/{RANK_FILE}"
                 raise ValueError(f"{directory} lacks the file of tensor rank {t}, pipeline rank {p}: {name}")
     return found
-
-
-def _rank_name(t: int, p: int, pipeline: int) -> str:
-    return f"mp_rank_{t:02d}_{p:03d}/{RANK_FILE}" if pipeline > 1 else f"mp_rank_{t:02d}/{RANK_FILE}"
 
 
 def _load_rank(path: Path) -> dict[str, Any]:
@@ -200,7 +199,7 @@ def _load_rank(path: Path) -> dict[str, Any]:
 
 
 def torch_output(checkpoint: Checkpoint, options: SaveOptions) -> Output:
-    """Return the rank files and the small files of `checkpoint` in the format `torch`, under `release/`.
+    """Return the rank files and the small files of `checkpoint` in the format `torch`, under RELEASE.
 
     Raises ValueError unless the model can be cut to the layout.
     """
@@ -218,7 +217,8 @@ def torch_output(checkpoint: Checkpoint, options: SaveOptions) -> Output:
             }
             args = config_to_args(checkpoint.config, layout)
             args.rank = p * layout.tensor + t  # as the process's that saves it: tells when files are mixed up
-            files.append(TorchFile(f"release/{_rank_name(t, p, layout.pipeline)}", views, {"args": args, **header}))
+            name = f"{RELEASE}/{rank_directory(t, p, layout.pipeline)}/{RANK_FILE}"
+            files.append(TorchFile(name, views, {"args": args, **header}))
     return files, side_files(checkpoint, layout, dtype)
 
 
