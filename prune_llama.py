@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
         if args.plan_only:
             write_plan(args.save, plan)
     if not args.plan_only:
-        save_as_asked(pruned, args, layout, world, texts={PLAN_FILE: plan.to_json().encode()})
+        save_as_asked(pruned, args, layout, world, beside={PLAN_FILE: plan.to_json().encode()})
         if world.rank == 0 and FORMATS[args.format].sharded and plan.prune_type == "unbalance" and layout.tensor > 1:
             print("its shards may be uneven: merge or re-split them with scripts/transfer.sh before training")
     world.leave()

@@ -135,7 +135,7 @@ def save_as_asked(
     args: argparse.Namespace,
     layout: Layout,
     world: World,
-    texts: Mapping[str, bytes] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Save by the flags of `add_checkpoint_flags`, and print where. Raises ValueError as `save_checkpoint` does."""
     save_checkpoint(
@@ -146,7 +146,7 @@ def save_as_asked(
         dtype=args.dtype,
         transformer_impl=args.transformer_impl,
         overwrite=args.overwrite,
-        texts=texts,
+        beside=beside,
         world=world,
     )
     if world.rank == 0:

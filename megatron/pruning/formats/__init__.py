@@ -50,23 +50,23 @@ def save_checkpoint(
     dtype: str | None = None,
     transformer_impl: str | None = None,
     overwrite: bool = False,
-    texts: Mapping[str, bytes] | None = None,
+    beside: Mapping[str, bytes] | None = None,
     world: World | None = None,
 ) -> None:
     """Write `checkpoint` to the directory `path`, which appears complete or not at all.
 
-    `layout`, `dtype` and `transformer_impl` are those of `SaveOptions`; `texts` are small files to lay beside the
+    `layout`, `dtype` and `transformer_impl` are those of `SaveOptions`; `beside` are small files to lay beside the
     weights. Raises ValueError, before anything is written, for a layout that
     does not fit or a `path` not to be replaced.
     """
     _check_apart(checkpoint, path)
     if format not in FORMATS:
         raise ValueError(f"--format {format}: choose one of {', '.join(FORMATS)}")
-    files, own_texts = FORMATS[format].write(checkpoint, SaveOptions(layout or Layout(), dtype, transformer_impl))
+    files, own = FORMATS[format].write(checkpoint, SaveOptions(layout or Layout(), dtype, transformer_impl))
     plan = checkpoint.root / PLAN_FILE
     kept_plan = {PLAN_FILE: read_small(plan)} if plan.is_file() else {}
-    all_texts = {**own_texts, **kept_plan, **(texts or {})}
-    output.write_files(files, all_texts, path, f"writing {path}", overwrite, _marks(), world or World())
+    all_beside = {**own, **kept_plan, **(beside or {})}
+    output.write_files(files, all_beside, path, f"writing {path}", overwrite, _marks(), world or World())
 
 
 def _marks() -> list[str]:

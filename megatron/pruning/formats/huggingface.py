@@ -119,15 +119,15 @@ def hf_output(checkpoint: Checkpoint, options: SaveOptions, shard_bytes: int = S
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = [SafetensorsFile(name, views) for name, views in zip(names, shards, strict=True)]
-    texts = {
+    beside = {
         CONFIG_FILE: as_json(config_to_hf(checkpoint.config, options.dtype or checkpoint.dtype)),
         **checkpoint.carried_files(),
     }
     if len(shards) > 1:
         where = {key: file.name for file in files for key in file.views}
         total = sum(file.nbytes for file in files)
-        texts["model.safetensors.index.json"] = as_json({"metadata": {"total_size": total}, "weight_map": where})
-    return files, texts
+        beside["model.safetensors.index.json"] = as_json({"metadata": {"total_size": total}, "weight_map": where})
+    return files, beside
 
 
 def _detect(path: Path, iteration: int | None) -> Path | None:

@@ -269,8 +269,8 @@ def _rank_view(checkpoint: Checkpoint, name: str, layer: int | None, layout: Lay
 def side_files(checkpoint: Checkpoint, layout: Layout, dtype: str | None) -> dict[str, bytes]:
     """Return the small files beside the weights: tokenizer and config for the way back, flags, and the tracker."""
     config = checkpoint.config
-    texts = {f"{HF_FILES}/{name}": content for name, content in checkpoint.carried_files().items()}
-    texts[f"{HF_FILES}/{CONFIG_FILE}"] = as_json(config_to_hf(config, dtype or checkpoint.dtype))
-    texts[ARGS_FILE] = "".join(f"{line}\n" for line in config_to_command_line(config, layout)).encode()
-    texts[TRACKER] = RELEASE.encode()
-    return texts
+    beside = {f"{HF_FILES}/{name}": content for name, content in checkpoint.carried_files().items()}
+    beside[f"{HF_FILES}/{CONFIG_FILE}"] = as_json(config_to_hf(config, dtype or checkpoint.dtype))
+    beside[ARGS_FILE] = "".join(f"{line}\n" for line in config_to_command_line(config, layout)).encode()
+    beside[TRACKER] = RELEASE.encode()
+    return beside

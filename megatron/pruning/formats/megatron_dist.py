@@ -182,12 +182,12 @@ def dist_output(checkpoint: Checkpoint, options: SaveOptions) -> Output:
     files = [
         DistFile(f"{RELEASE}/__{i}_0.distcp", part, objects if i == 0 else {}) for i, part in enumerate(_parts(pieces))
     ]
-    texts = side_files(checkpoint, layout, dtype)
-    texts[f"{RELEASE}/{METADATA}"] = metadata_bytes(files, layers)
-    texts[f"{RELEASE}/{COMMON}"] = object_bytes(_common(config, layout))
+    beside = side_files(checkpoint, layout, dtype)
+    beside[f"{RELEASE}/{METADATA}"] = metadata_bytes(files, layers)
+    beside[f"{RELEASE}/{COMMON}"] = object_bytes(_common(config, layout))
     versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    texts[f"{RELEASE}/metadata.json"] = as_json({**versions, "common_backend": "torch", "common_backend_version": 1})
-    return files, texts
+    beside[f"{RELEASE}/metadata.json"] = as_json({**versions, "common_backend": "torch", "common_backend_version": 1})
+    return files, beside
 
 
 def _common(config: LlamaConfig, layout: Layout) -> dict[str, Any]:

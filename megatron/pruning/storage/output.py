@@ -66,14 +66,14 @@ class OutputFile(ABC):
 
 def write_files(
     files: Sequence[OutputFile],
-    texts: Mapping[str, bytes],
+    beside: Mapping[str, bytes],
     path: Path,
     what: str,
     overwrite: bool,
     marks: Sequence[str],
     world: World,
 ) -> None:
-    """Write a whole checkpoint directory: every process its share of `files`, the first one also `texts`.
+    """Write a whole checkpoint directory: every process its share of `files`, the first one also `beside`.
 
     The directory appears under `path` complete or not at all. Raises ValueError before the first byte when `path` is
     taken or the disk has no room.
@@ -99,7 +99,7 @@ def write_files(
                 part = partial / f".digests.{rank}"
                 digests |= read_manifest(part)
                 part.unlink()
-            for name, content in texts.items():
+            for name, content in beside.items():
                 write_durably(partial / name, content)
                 digests[name] = Digest.of(content)
             write_durably(partial / MANIFEST, manifest_bytes(digests))
