@@ -287,6 +287,25 @@ def test_config_reads_both_spellings_of_transformers() -> None:
     assert config_from_hf(written, "written") == config_from_hf(old, "old")
 
 
+@pytest.mark.parametrize("shape", ["mha", "llama3", "tied"])
+def test_exported_config_says_what_transformers_and_vllm_read(tmp_path: Path, shape: str) -> None:
+    megatron = convert(make_llama(tmp_path / "hf", shape), tmp_path / "m")
+    exported = convert(megatron, tmp_path / "out", format="hf")
+    written = json.loads((exported / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLM"] and written["model_type"] == "llama"
+    assert written["hidden_act"] == "silu"
+    assert not any(written.get(name) for name in ("attention_bias", "mlp_bias", "bias"))
+    for name in ("sliding_window", "quantization_config", "qkv_bias", "is_causal", "layer_types"):
+        assert written.get(name) is None
+    needed = {"rms_norm_eps", "max_position_embeddings", "head_dim", "num_key_value_heads", "tie_word_embeddings"}
+    assert needed <= written.keys()
+    # Older releases read the rotary settings under their old names, newer ones where transformers 5 puts them.
+    rope = AutoConfig.from_pretrained(exported).rope_parameters
+    assert rope["rope_theta"] == written["rope_theta"]
+    scaling = written["rope_scaling"] or {"rope_type": "default"}
+    assert {name: rope[name] for name in scaling} == scaling
+
+
 def test_source_is_never_changed(gqa: Path, tmp_path: Path) -> None:
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in gqa.iterdir()}
     convert(convert(gqa, tmp_path / "m", tensor=2), tmp_path / "hf", format="hf")

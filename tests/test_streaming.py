@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tensors
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import peers, streaming
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.storage import direct_write
@@ -364,41 +363,3 @@ def test_manifests_are_the_same_whatever_the_order(tmp_path: Path) -> None:
     assert manifest_bytes(digests) == manifest_bytes(dict(reversed(digests.items())))
     (tmp_path / MANIFEST).write_bytes(manifest_bytes(digests))
     assert read_manifest(tmp_path / MANIFEST) == digests
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> streaming.Bench:
-    """The benchmark, with a model that takes no time."""
-    streaming.SIZES["tiny"] = streaming.llama(3, 64, 96, 4, 2), (48, 64, 2, 2)
-    return streaming.Bench("tiny", tmp_path_factory.mktemp("bench"), repeat=1, peers=True)
-
-
-@pytest.mark.parametrize("case", [case for case in streaming.CASES if case.peer], ids=lambda case: case.name)
-def test_what_the_benchmark_compares_with_does_the_same_work(bench: streaming.Bench, case: streaming.Case) -> None:
-    source, ours, theirs = bench.source(case.source), bench.top / "ours", bench.top / "theirs"
-    subprocess.run(case.command(source, ours, bench.remain), env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-    getattr(peers, str(case.peer))(source, ours, theirs)
-    if case.target == "hf":
-        wanted, found = tensors(theirs), tensors(ours)
-    else:
-        wanted, found = (peers.load_rank(path)["model"] for path in (theirs, ours))
-    assert wanted.keys() == found.keys() and len(wanted) > 10
-    for key, value in found.items():
-        assert torch.equal(value.view(torch.int16), wanted[key].view(torch.int16)), key
-    shutil.rmtree(ours)
-    shutil.rmtree(theirs)
-
-
-def test_the_benchmark_measures_and_tells(
-    bench: streaming.Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--size", "tiny", "--cases", "prune hf", "export torch to hf", "--repeat", "2", "--no-peers"]
-    streaming.main([*flags, "--work-dir", str(tmp_path), "--figure", str(tmp_path / "a.png")])
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split(" |")[0] for line in table[2:]] == ["| prune hf", "| export torch to hf"]
-    for line in table[2:]:
-        columns = [cell.strip() for cell in line.split("|")[2:-1]]
-        assert columns[-3:] == ["-", "-", "-"] and all(float(cell) > 0 for cell in columns[1:-3])
-        assert 5 < float(columns[7]) < 100  # MB, of which most is python and numpy
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
