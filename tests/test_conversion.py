@@ -130,6 +130,7 @@ def stock_differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, flo
     return dict(zip(jobs, json.loads((top / "jobs.results").read_text()), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor,pipeline", STOCK_LAYOUTS)
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_stock_gpt_model_computes_what_hugging_face_computes(

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, PADDED, SEQUENCE, EOD = 101, 128, 32, 100
 TRAINING = (
     f"--train-data-path data --valid-data-path data --tokenizer-type NullTokenizer --seq-length {SEQUENCE} "

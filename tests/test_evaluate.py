@@ -27,6 +27,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
+@pytest.mark.slow
 def test_table_compares_checkpoints_on_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = np.random.default_rng(0).integers(0, 101, 65)
     write_documents(tmp_path / "data", tokens)
@@ -51,6 +52,7 @@ def test_mistakes_end_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate.main(["--load", str(TINY), "--tasks", "arc_easy"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm-eval is not installed")
 def test_table_compares_checkpoints_on_a_task(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -197,6 +197,7 @@ def killing(tmp_path_factory: pytest.TempPathFactory) -> Killing:
     return Killing(tmp_path_factory.mktemp("kill"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["convert", "prune", "prune in place of another", "transfer", "torchrun transfer"])
 def test_a_kill_leaves_the_target_absent_or_complete(killing: Killing, name: str) -> None:
     random = Random(name)
@@ -204,6 +205,7 @@ def test_a_kill_leaves_the_target_absent_or_complete(killing: Killing, name: str
         killing.attempt(random, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_a_run_in_one_line_and_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
     source = make_big(tmp_path / "hf", vocab=100_000)

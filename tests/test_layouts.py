@@ -267,6 +267,7 @@ def test_published_configs_map_to_megatron_and_back(family: str) -> None:
     assert {key: written[key] for key in published} == published
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_fails_the_run_and_leaves_no_checkpoint(gqa: Path, tmp_path: Path) -> None:
     shutil.copytree(gqa, tmp_path / "hf")
     state = load_file(gqa / "model.safetensors")

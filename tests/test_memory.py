@@ -14,6 +14,8 @@ from megatron.pruning.model.weights import all_weights, weight_shape
 from megatron.pruning.storage.safetensors_file import SafetensorsFile
 from megatron.pruning.storage.views import Bits, Index, View
 
+pytestmark = pytest.mark.slow
+
 SIZE_1B = LlamaConfig(
     num_layers=22, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=32, num_query_groups=4, head_dim=64,
     vocab_size=32000,

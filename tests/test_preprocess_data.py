@@ -11,6 +11,8 @@ import preprocess_data as tool
 import pytest
 from helpers import ROOT, run
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["def f(x):\n    return  x\n", "héllo ☃\ttab", "    ", "a" * 500, "one\n\n\n  two  ", "plain words " * 200] * 20
 
 

@@ -86,6 +86,7 @@ def test_pruning_and_resharding_commute(llama: Path, tmp_path: Path) -> None:
     assert digests(a) == digests(b)
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_and_any_source_give_the_same_bytes(gqa: Path, tmp_path: Path) -> None:
     flags = ["--hidden_size_remain", "24", "--num_attention_heads_remain", "4", "--tensor-model-parallel-size", "2"]
     one = prune(gqa, tmp_path / "one", *flags)

@@ -9,6 +9,8 @@ from stock_loop import Run
 
 from megatron.pruning.model.layout import Layout
 
+pytestmark = pytest.mark.slow
+
 SEQUENCE = 32
 PRUNED = ["--hidden-size-remain=32", "--num-attention-heads-remain=4", "--ffn-hidden-size-remain=40"]
 SAMPLE = np.random.default_rng(0).integers(0, 128, SEQUENCE)

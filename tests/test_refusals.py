@@ -93,6 +93,7 @@ def test_training_flags_are_accepted_in_both_spellings_and_unknown_ones_refused(
         prune_llama.parse([*base[:-1], "1,x"])
 
 
+@pytest.mark.slow
 def test_flag_list_is_that_of_the_wheel() -> None:
     from megatron.training.arguments import add_megatron_arguments
 

@@ -104,6 +104,7 @@ def reference(model: Path, tokens: np.ndarray) -> dict[str, torch.Tensor]:
     return sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_those_of_the_definitions_in_every_layout(folder: Path, name: str) -> None:
     found = read(folder / f"{name}.scores")
@@ -117,6 +118,7 @@ def test_scores_are_those_of_the_definitions_in_every_layout(folder: Path, name:
     assert found.tokens == LENGTH * SEQUENCES and found.loss_sequences == LOSSES
 
 
+@pytest.mark.slow
 def test_text_is_taken_evenly_from_all_of_it(folder: Path) -> None:
     model = open_checkpoint(folder / "gqa")
     tokens = np.fromfile(folder / "text.bin", dtype=np.uint16)
@@ -126,6 +128,7 @@ def test_text_is_taken_evenly_from_all_of_it(folder: Path) -> None:
         windows(folder / "text", 400, 1, model)
 
 
+@pytest.mark.slow
 def test_activation_keeps_what_scores_highest_and_says_what_that_is_worth(folder: Path, tmp_path: Path) -> None:
     scores = folder / "gqa-tp2.scores"
     flags = ["--criterion=activation", "--scores", str(scores), "--min-scores-tokens=1", "--ffn-hidden-size-remain=40"]
@@ -153,6 +156,7 @@ def test_activation_keeps_what_scores_highest_and_says_what_that_is_worth(folder
               str(folder / "gqa-tp1.scores"))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_query_groups_score_as_their_heads_together(folder: Path, tmp_path: Path) -> None:
     flags = ["--criterion=activation", "--scores", str(folder / "gqa-tp1.scores"), "--min-scores-tokens=1"]
     plan = plan_of(prune(folder / "gqa", tmp_path / "p", *flags, "--num-query-groups-remain=2",
@@ -161,6 +165,7 @@ def test_query_groups_score_as_their_heads_together(folder: Path, tmp_path: Path
     assert [kept.tolist() for kept in plan.groups] == [sorted(np.argsort(-row)[:2].tolist()) for row in groups]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["block_influence", "contiguous", "loss"])
 def test_layers_are_dropped_by_evidence(folder: Path, tmp_path: Path, criterion: str) -> None:
     flags = ["--num-layers-remain=2", f"--layer-criterion={criterion}", "--min-scores-tokens=1", "--scores"]
@@ -305,6 +310,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert "starting over" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words,complaint",
     [
@@ -323,6 +329,7 @@ def test_mistakes_of_a_user_are_said_before_anything_is_built(
         score_importance.main(["--load", str(folder / "gqa"), *words.format(here=folder).split()])
 
 
+@pytest.mark.slow
 def test_text_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
     make_llama(tmp_path / "small", "gqa", vocab=64)
     with pytest.raises(ValueError, match=re.escape("has a vocabulary of 64: it was made with another tokenizer")):

@@ -97,6 +97,7 @@ def test_proposals_are_shown_and_one_is_taken(gqa: Path, tmp_path: Path, capsys:
     assert rows and all(0.98 * 40_000 <= int(row[6].replace(",", "")) <= 40_000 for row in rows)
 
 
+@pytest.mark.slow
 def test_candidates_are_trained_and_ranked(tmp_path: Path) -> None:
     source = make_llama(tmp_path / "hf", "gqa", vocab=128)
     write_documents(tmp_path / "data", np.tile(np.random.default_rng(0).integers(0, 128, 40), 100))

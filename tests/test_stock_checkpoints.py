@@ -18,6 +18,8 @@ from stock_loop import Run, StockLoop
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.model.layout import Layout
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVED, SEQUENCE, VOCABULARY, DIVISOR = 3, 2, 64, 128, 32
 EXACT = 1e-5
 # bfloat16 keeps 8 bits: a logit of a few units is rounded by up to 2^-8 and, after some layers of rounding, off by a

@@ -309,6 +309,7 @@ def test_fp16_is_rounded_as_torch_rounds_it() -> None:
     assert bool(found[2].isnan())
 
 
+@pytest.mark.slow
 def test_plans_are_made_without_torch(gqa: Path, tmp_path: Path) -> None:
     script = (
         "import sys; import prune_llama; prune_llama.main(sys.argv[1:]);"
