@@ -37,71 +37,40 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from helpers import as_bin, convert, make_llama
 
 from megatron.pruning.formats import FORMATS, megatron_dist, open_checkpoint, save_checkpoint
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.config import LlamaConfig
-from megatron.pruning.model.hf_config import config_from_hf
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.model.weights import all_weights, weight_shape
 from megatron.pruning.storage.views import read_all
 
 SECONDS = 20  # a case takes 0.05
 MEGABYTES = 300  # that a case may add; its files have 100 kB
-FIELDS = {
-    "model_type": "llama",
+TINY = {
     "hidden_size": 16,
     "intermediate_size": 24,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 4,
-    "vocab_size": 23,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 64,
 }
 
 
-def make_base(path: Path, seed: int = 0, shards: int = 1, as_bin: bool = False, **fields: Any) -> Path:
-    """Save a random Llama in Hugging Face's format."""
-    path.mkdir(parents=True)
-    values = FIELDS | fields
-    (path / "config.json").write_text(json.dumps(values))
+def make_tiny(path: Path, tied: bool = False, seed: int = 0, **save: Any) -> Path:
+    """Save a random Llama of two layers with a tokenizer, in Hugging Face's format."""
+    make_llama(path, TINY | {"tie_word_embeddings": tied}, layers=2, vocab=23, seed=seed, **save)
+    (path / "generation_config.json").unlink()
     (path / "tokenizer.json").write_text('{"model": {}}')
-    config = config_from_hf(values, "the fuzzer's own model")
-    generator = torch.Generator().manual_seed(seed)
-    state = {
-        weight.hf_key(layer): torch.randn(weight_shape(weight, config.sizes), generator=generator)
-        for weight, layer in all_weights(config.num_layers, config.tied)
-    }
-    if as_bin:
-        torch.save(state, path / "pytorch_model.bin")
-        return path
-    if shards == 1:
-        save_file(state, path / "model.safetensors")
-        return path
-    where = {key: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, key in enumerate(state)}
-    for name in set(where.values()):
-        save_file({key: value for key, value in state.items() if where[key] == name}, path / name)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return path
-
-
-def convert(source: Path, target: Path, format: str = "torch", **options: Any) -> Path:
-    """Convert a checkpoint, and return the target."""
-    save_checkpoint(open_checkpoint(source), target, format=format, **options)
-    return target
 
 
 def make_bases(top: Path) -> dict[str, Path]:
     """Make the checkpoints that are broken, by name: one model, tied and untied, in every format."""
     bases = {}
     for name, tied in (("untied", False), ("tied", True)):
-        one = make_base(top / name / "hf", tie_word_embeddings=tied)
-        bases[f"{name} hf"] = one
-        bases[f"{name} hf sharded"] = make_base(top / name / "sharded", shards=3, tie_word_embeddings=tied)
-        bases[f"{name} hf bin"] = make_base(top / name / "bin", as_bin=True, tie_word_embeddings=tied)
+        one = bases[f"{name} hf"] = make_tiny(top / name / "hf", tied)
+        bases[f"{name} hf sharded"] = make_tiny(top / name / "sharded", tied, max_shard_size="7KB")
+        bases[f"{name} hf bin"] = as_bin(make_tiny(top / name / "bin", tied))
         for tensor, pipeline, impl in ((1, 1, "local"), (2, 1, "transformer_engine"), (1, 2, "local"), (2, 2, "local")):
             target = bases[f"{name} torch {tensor} {pipeline}"] = top / name / f"torch{tensor}{pipeline}"
             convert(one, target, layout=Layout(tensor, pipeline, 4), transformer_impl=impl)
@@ -306,13 +275,6 @@ def break_json(path: Path, random: Random, _: dict[str, Path]) -> str:
         raw = length.to_bytes(8, "little") + raw
     file.write_bytes(raw + rest)
     return f"{file.name} {said} {kind}"
-
-
-class Call:
-    """Pickles as a call of whatever is named."""
-
-    def __init__(self, module: str, name: str, *args: Any) -> None:
-        self.module, self.name, self.args = module, name, args
 
 
 def call(module: str, name: str, argument: str) -> bytes:
@@ -584,12 +546,12 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 class Fuzzer:
-    """Makes the sound checkpoints once and tries cases on them."""
+    """Make the sound checkpoints once, and try cases on them."""
 
     def __init__(self, top: Path) -> None:
         self.top = top
         self.bases = make_bases(top / "bases")
-        others = {f"other {seed}": make_base(top / "other" / str(seed), seed) for seed in (1, 2)}
+        others = {f"other {seed}": make_tiny(top / "other" / str(seed), seed=seed) for seed in (1, 2)}
         shards = {
             f"{name} torch": convert(source, top / "other" / f"{name} torch", layout=Layout(2, 2, 4))
             for name, source in others.items()

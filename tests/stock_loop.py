@@ -1,14 +1,13 @@
 """The stock training loop for tests: runs of pretrain_gpt.py whose ranks one process forks (stock_worker.py)."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import ROOT
+from helpers import ROOT, environment
 
 
 @dataclass
@@ -19,25 +18,25 @@ class Run:
     log: str
 
     def values(self, name: str) -> dict[int, float]:
-        """A loss by step. The stock log's first line after a start is counted again in its second."""
+        """Return a loss by step. The stock log's first line after a start is counted again in its second."""
         return {int(step): float(loss) for step, loss in re.findall(rf"iteration +(\d+)/.*{name}: (\S+)", self.log)}
+
+    def ok(self) -> "Run":
+        """Return the run itself; fail with the end of its log unless it succeeded."""
+        assert self.code == 0, self.log[-3000:]
+        return self
 
     @property
     def losses(self) -> dict[int, float]:
-        """The language-model loss by step."""
+        """Return the language-model loss by step."""
         return self.values("lm loss")
 
     @property
     def error(self) -> str:
-        """The sentence that ended the run."""
+        """Return the sentence that ended the run."""
         lines = [line for line in self.log.splitlines() if re.match(r"(\[rank \d+\] )?error: ", line)]
         assert len(lines) == 1, self.log[-2000:]
         return lines[0]
-
-
-def environment() -> dict[str, str]:
-    """One thread a process: they share the cores."""
-    return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 class StockLoop:
@@ -45,12 +44,10 @@ class StockLoop:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # LOCAL_WORLD_SIZE: how many devices the stand-in says there are.
-        settings = {"PYTHONPATH": str(ROOT), "LOCAL_WORLD_SIZE": "4"}
         with (folder / "worker.log").open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "tests/stock_worker.py"), str(folder)],
-                env=environment() | settings,
+                env=environment(LOCAL_WORLD_SIZE=4),  # how many devices the stand-in says there are
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -1,11 +1,6 @@
 """Conversions are exact: bitwise as files, and as models against LlamaForCausalLM and the stock GPTModel."""
 
-import filecmp
 import json
-import os
-import subprocess
-import sys
-from argparse import Namespace
 from pathlib import Path
 
 import evaluate
@@ -13,17 +8,30 @@ import pytest
 import show_checkpoint
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import ROOT, SHAPES, hf_logits, make_llama, tensors
+from helpers import (
+    ROOT,
+    SHAPES,
+    as_bin,
+    assert_same_tensors,
+    convert,
+    digests,
+    hf_logits,
+    load_whole,
+    make_llama,
+    run,
+    set_config,
+    tensors,
+    torchrun,
+)
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
-from megatron.pruning.formats import open_checkpoint, save_checkpoint
+from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.formats.format import SaveOptions
 from megatron.pruning.formats.huggingface import hf_output, read_hf_config
 from megatron.pruning.model.hf_config import config_from_hf, config_to_hf
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.storage.dcp_file import Chunk, Entry
 from megatron.pruning.storage.output import write_files
 from megatron.pruning.storage.processes import World
 
@@ -31,41 +39,24 @@ LAYOUTS = [(tensor, pipeline) for tensor in (1, 2, 4) for pipeline in (1, 2)]
 STOCK_LAYOUTS = [layout for layout in LAYOUTS if layout != (4, 2)]  # at most 4 ranks to launch
 
 
-def convert(source: Path, target: Path, format: str = "torch", tensor: int = 1, pipeline: int = 1, **options) -> Path:
-    layout = options.pop("layout", Layout(tensor, pipeline))
-    save_checkpoint(open_checkpoint(source), target, format=format, layout=layout, **options)
-    return target
-
-
-def same_tree(a: Path, b: Path) -> bool:
-    """Whether two directories hold the same files with the same bytes."""
-    names = [sorted(str(p.relative_to(top)) for p in top.rglob("*") if p.is_file()) for top in (a, b)]
-    equal, *_ = filecmp.cmpfiles(a, b, names[0], shallow=False)
-    return names[0] == names[1] == sorted(equal)
+@pytest.fixture(scope="module", params=sorted(SHAPES))
+def bf16(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a Hugging Face checkpoint of each shape, in bfloat16."""
+    return make_llama(tmp_path_factory.mktemp("bf16") / "hf", request.param, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("tensor,pipeline", LAYOUTS)
-@pytest.mark.parametrize("shape", sorted(SHAPES))
-def test_there_and_back_is_the_identity(tmp_path: Path, shape: str, tensor: int, pipeline: int) -> None:
-    source = make_llama(tmp_path / "hf", shape, dtype=torch.bfloat16)
-    megatron = convert(source, tmp_path / "megatron", tensor=tensor, pipeline=pipeline)
+def test_there_and_back_is_the_identity(bf16: Path, tmp_path: Path, tensor: int, pipeline: int) -> None:
+    megatron = convert(bf16, tmp_path / "megatron", tensor=tensor, pipeline=pipeline)
     back = convert(megatron, tmp_path / "back", format="hf")
-    wanted, found = tensors(source), tensors(back)
-    assert wanted.keys() == found.keys()
-    for key in wanted:
-        assert wanted[key].dtype == found[key].dtype
-        assert torch.equal(wanted[key].view(torch.int16), found[key].view(torch.int16)), key
+    assert_same_tensors(tensors(back), tensors(bf16))
 
 
-@pytest.mark.parametrize("shape", sorted(SHAPES))
-def test_there_and_back_through_torch_dist_is_the_identity(tmp_path: Path, shape: str) -> None:
-    source = make_llama(tmp_path / "hf", shape, dtype=torch.bfloat16)
-    dist = convert(source, tmp_path / "dist", format="torch_dist", tensor=2)
+def test_there_and_back_through_torch_dist_is_the_identity(bf16: Path, tmp_path: Path) -> None:
+    dist = convert(bf16, tmp_path / "dist", format="torch_dist", tensor=2)
     shards = convert(dist, tmp_path / "shards", tensor=4, pipeline=2)
-    wanted = tensors(source)
     for name, checkpoint in (("a", dist), ("b", shards), ("c", convert(shards, tmp_path / "d2", format="torch_dist"))):
-        found = tensors(convert(checkpoint, tmp_path / name, format="hf"))
-        assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+        assert_same_tensors(tensors(convert(checkpoint, tmp_path / name, format="hf")), tensors(bf16))
 
 
 def test_digest_is_of_the_model_not_of_its_format(
@@ -110,19 +101,18 @@ def test_every_bit_pattern_survives(tmp_path: Path) -> None:
     patterns = bytes(range(256)) * (len(content) // 256 + 1)  # infinities and NaNs of every payload among them
     (source / "model.safetensors").write_bytes(content[:header] + patterns[: len(content) - header])
     back = convert(convert(source, tmp_path / "megatron", tensor=4), tmp_path / "back", format="hf")
-    wanted, found = tensors(source), tensors(back)
-    assert all(torch.equal(wanted[key].view(torch.int16), found[key].view(torch.int16)) for key in wanted)
+    assert_same_tensors(tensors(back), tensors(source))
 
 
 def test_resharding_equals_converting_directly(llama: Path, tmp_path: Path) -> None:
     direct = convert(llama, tmp_path / "direct", tensor=4, pipeline=1)
     detour = convert(convert(llama, tmp_path / "first", tensor=2, pipeline=2), tmp_path / "detour", tensor=4)
-    assert same_tree(direct, detour)
+    assert digests(detour) == digests(direct)
 
 
 @pytest.fixture(scope="module")
 def stock_differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Logit differences between GPTModel and LlamaForCausalLM, by "shape tp pp"; one launch for all of them."""
+    """Return the logit differences between GPTModel and LlamaForCausalLM by "shape tp pp", of one launch."""
     top = tmp_path_factory.mktemp("stock")
     jobs = {}
     for shape in SHAPES:
@@ -136,14 +126,12 @@ def stock_differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, flo
                 "checkpoint": str(target), "tensor": tensor, "pipeline": pipeline, "logits": str(top / f"{shape}.pt"),
             }  # fmt: skip
     (top / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    worker = [str(ROOT / "tests/gpt_model_worker.py"), str(top / "jobs.json")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", *worker]
-    done = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
+    done = run(*torchrun(4), str(ROOT / "tests/gpt_model_worker.py"), str(top / "jobs.json"))
+    assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(jobs, json.loads((top / "jobs.results").read_text()), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor,pipeline", STOCK_LAYOUTS)
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_stock_gpt_model_computes_what_hugging_face_computes(
@@ -166,29 +154,22 @@ def test_sharded_safetensors_in_and_out(tmp_path: Path) -> None:
     files, texts = hf_output(open_checkpoint(source), SaveOptions(), shard_bytes=50_000)
     write_files(files, texts, tmp_path / "out", "writing", False, [], World())
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(files) > 3
-    wanted, found = tensors(source), tensors(tmp_path / "out")
-    assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+    assert_same_tensors(tensors(tmp_path / "out"), tensors(source))
     tokens = torch.arange(20)[None]
     assert torch.equal(hf_logits(source, tokens), hf_logits(tmp_path / "out", tokens))
 
 
-def test_pytorch_bin_is_read(tmp_path: Path) -> None:
-    source = make_llama(tmp_path / "hf", "gqa")
-    state = LlamaForCausalLM.from_pretrained(source).state_dict()
-    old = tmp_path / "old"
-    old.mkdir()
-    (old / "config.json").write_bytes((source / "config.json").read_bytes())
-    torch.save({**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}, old / "pytorch_model.bin")
-    found = tensors(convert(old, tmp_path / "out", format="hf"))
-    assert all(torch.equal(value, found[key]) for key, value in state.items())
+def test_pytorch_bin_is_read(gqa: Path, tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "bin", "gqa")
+    as_bin(source, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})
+    assert_same_tensors(tensors(convert(source, tmp_path / "out", format="hf")), tensors(gqa))
 
 
 def test_tokenizer_and_config_travel(tmp_path: Path) -> None:
     source = make_llama(tmp_path / "hf", "llama3")
     (source / "tokenizer.model").write_bytes(b"\x00tokens")
     (source / "tokenizer_config.json").write_text("{}")
-    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": [7, 8]}
-    (source / "config.json").write_text(json.dumps(config))
+    set_config(eos_token_id=[7, 8])(source)
     back = convert(convert(source, tmp_path / "m", tensor=2), tmp_path / "back", format="hf")
     assert (back / "tokenizer.model").read_bytes() == b"\x00tokens"
     assert (back / "tokenizer_config.json").read_text() == "{}"
@@ -204,8 +185,7 @@ def test_vocabulary_is_padded_and_unpadded(gqa: Path, tmp_path: Path, divisor: i
     target = convert(gqa, tmp_path / "m", layout=Layout(tensor, 1, divisor))
     rows = 0
     for path in sorted((target / "release").glob("*/model_optim_rng.pt")):
-        with torch.serialization.safe_globals([Namespace]):
-            content = torch.load(path, weights_only=True)
+        content = load_whole(path)
         rows += len(content["model"]["embedding.word_embeddings.weight"])
         assert content["args"].padded_vocab_size == padded
     assert rows == padded
@@ -241,30 +221,6 @@ def test_layers_of_different_dtypes_pass_through_torch_dist(tmp_path: Path) -> N
     assert all(torch.equal(value.float(), found[key].float()) for key, value in state.items())
 
 
-def boxes(*shapes: tuple[int, int, int, int]) -> Entry:
-    """Return an 8 x 10 tensor of chunks, each (first row, first column, rows, columns)."""
-    return Entry((8, 10), "fp32", tuple(Chunk(Path(__file__), 0, 9, (r, c), (h, w)) for r, c, h, w in shapes))
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        boxes((0, 0, 8, 5), (0, 5, 4, 5)),  # one box too low
-        boxes((0, 0, 8, 4), (0, 5, 8, 5)),  # a gap between columns
-        boxes((0, 0, 8, 6), (0, 5, 8, 5)),  # an overlap
-        boxes((0, 0, 4, 10), (5, 0, 3, 10)),  # a gap between rows
-        boxes((0, 0, 8, 5)),  # too narrow
-        boxes(),
-    ],
-)
-def test_chunks_that_do_not_tile_a_tensor_are_refused(gqa: Path, tmp_path: Path, entry: Entry) -> None:
-    checkpoint = open_checkpoint(convert(gqa, tmp_path / "dist", format="torch_dist"))
-    with pytest.raises(ValueError, match=r"the chunks of x do not make up its shape \(8, 10\)"):
-        checkpoint._assemble(tmp_path, "x", entry, None)
-    whole = boxes((0, 0, 8, 5), (0, 5, 8, 5))
-    assert checkpoint._assemble(tmp_path, "x", whole, None).shape == (8, 10)
-
-
 def test_fp16_that_would_overflow_is_refused(tmp_path: Path) -> None:
     source = make_llama(tmp_path / "hf", "gqa")
     state = load_file(source / "model.safetensors")
@@ -286,6 +242,25 @@ def test_config_reads_both_spellings_of_transformers() -> None:
     assert config_from_hf(old, "old") == config_from_hf(new, "new")
     written = config_to_hf(config_from_hf(new, "new"), "bf16")
     assert config_from_hf(written, "written") == config_from_hf(old, "old")
+
+
+@pytest.mark.parametrize("shape", ["mha", "llama3", "tied"])
+def test_exported_config_says_what_transformers_and_vllm_read(tmp_path: Path, shape: str) -> None:
+    megatron = convert(make_llama(tmp_path / "hf", shape), tmp_path / "m")
+    exported = convert(megatron, tmp_path / "out", format="hf")
+    written = json.loads((exported / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLM"] and written["model_type"] == "llama"
+    assert written["hidden_act"] == "silu"
+    assert not any(written.get(name) for name in ("attention_bias", "mlp_bias", "bias"))
+    for name in ("sliding_window", "quantization_config", "qkv_bias", "is_causal", "layer_types"):
+        assert written.get(name) is None
+    needed = {"rms_norm_eps", "max_position_embeddings", "head_dim", "num_key_value_heads", "tie_word_embeddings"}
+    assert needed <= written.keys()
+    # Older releases read the rotary settings under their old names, newer ones where transformers 5 puts them.
+    rope = AutoConfig.from_pretrained(exported).rope_parameters
+    assert rope["rope_theta"] == written["rope_theta"]
+    scaling = written["rope_scaling"] or {"rope_type": "default"}
+    assert {name: rope[name] for name in scaling} == scaling
 
 
 def test_source_is_never_changed(gqa: Path, tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_whole, make_llama
+from helpers import convert, load_whole, make_llama, write_repeated
 from stock_loop import Run, StockLoop
 from transformers import AutoModelForCausalLM
 
-from megatron.pruning.formats import open_checkpoint, save_checkpoint
+from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
+
+pytestmark = pytest.mark.slow
 
 VOCABULARY, PADDED, SEQUENCE, EOD = 101, 128, 32, 100
 TRAINING = (
@@ -29,7 +31,7 @@ TOKENS, WORDS = (5, 3), 10  # 10 words, padded to 16: of four ranks one has only
 
 
 def logits(scale: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Student and teacher, with padding that must not matter; the last token's are far apart."""
+    """Return a student's and a teacher's logits, with padding that must not matter; the last token's are far apart."""
     draw = torch.Generator().manual_seed(int(scale))
     student, teacher = (torch.randn(*TOKENS, 16, generator=draw) * scale for _ in range(2))
     student[-1, -1, 3], teacher[-1, -1, 4] = 20 * scale, -20 * scale
@@ -68,7 +70,7 @@ def divergence_of_rank(rank: int, ranks: int, store: str, answers: Any) -> None:
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def divergences(request: pytest.FixtureRequest) -> list[dict[str, tuple[Any, Any]]]:
-    """What each of the ranks found."""
+    """Return what each of the ranks found."""
     import megatron.pruning.training.distillation  # noqa: F401 - once, before the forks
 
     fork, ranks = multiprocessing.get_context("fork"), request.param
@@ -111,19 +113,15 @@ def test_divergence_and_gradient_are_those_of_the_whole_vocabulary_in_float64(
 
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockLoop]:
-    """The stock loop, in a folder with data in which every sample is the same, a student, and a teacher thrice."""
+    """Start the stock loop in a folder with data in which every sample is the same, a student, and a teacher thrice."""
     loop = StockLoop(tmp_path_factory.mktemp("distillation"))
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     folder = loop.folder
-    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.uint16)
-    builder.add_document(np.append(np.tile(sample(), 20), sample()[0]), [20 * SEQUENCE + 1])
-    builder.finalize(str(folder / "data.idx"))
-    student = open_checkpoint(make_llama(folder / "student-hf", "mha", layers=2, vocab=VOCABULARY))
-    save_checkpoint(student, folder / "student", format="torch_dist", layout=Layout(1, 1, 32))
-    teacher = open_checkpoint(make_llama(folder / "hf", "llama3", layers=4, vocab=VOCABULARY))
-    save_checkpoint(teacher, folder / "torch", format="torch", layout=Layout(4, 2, 128))
-    save_checkpoint(teacher, folder / "torch_dist", format="torch_dist", layout=Layout(1, 1, 1))
+    write_repeated(folder / "data", sample(), 20)
+    student = make_llama(folder / "student-hf", "mha", layers=2, vocab=VOCABULARY)
+    convert(student, folder / "student", format="torch_dist", layout=Layout(1, 1, 32))
+    teacher = make_llama(folder / "hf", "llama3", layers=4, vocab=VOCABULARY)
+    convert(teacher, folder / "torch", layout=Layout(4, 2, 128))
+    convert(teacher, folder / "torch_dist", format="torch_dist", layout=Layout(1, 1, 1))
     tied = make_llama(folder / "tied", "tied", layers=3, vocab=VOCABULARY, dtype=torch.bfloat16)
     assert open_checkpoint(tied).config.tied
     make_llama(folder / "other", "mha", layers=2, vocab=VOCABULARY + 1)
@@ -132,14 +130,14 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockLoop]:
 
 
 def sample() -> np.ndarray:
-    """The sample that is trained on, with two ends of a document inside; the token after it is its first."""
+    """Return the sample that is trained on, with two ends of a document inside; the token after it is its first."""
     tokens = np.random.default_rng(0).integers(0, EOD, SEQUENCE)
     tokens[[9, 20]] = EOD
     return tokens
 
 
 def case(name: str, flags: str, tensor: int = 1, pipeline: int = 1, copies: int = 1) -> dict[str, Any]:
-    """One run of the stock loop that starts from the student, unless its flags say otherwise."""
+    """Return one run of the stock loop that starts from the student, unless its flags say otherwise."""
     layout = f"--tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {pipeline}"
     words = f"{layout} {TRAINING} --data-cache-path cache/{name} {flags}"
     return {"name": name, "words": words, "ranks": tensor * pipeline * copies}
@@ -177,7 +175,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 
 @pytest.fixture(scope="module")
 def first(loop: StockLoop) -> dict[str, Run]:
-    """One step in every layout, and what the other tests compare; they share the two cores best in one go."""
+    """Run one step in every layout, and what the other tests compare; they share the two cores best in one go."""
     cases = []
     for name, (teacher, alpha, temperature, masked) in REFERENCES.items():
         flags = f"{ONE} --teacher-load {teacher} --kd-temperature {temperature} --eval-interval 1 --eval-iters 1"
@@ -196,7 +194,7 @@ def first(loop: StockLoop) -> dict[str, Run]:
 
 
 def reference(folder: Path, name: str) -> dict[str, float]:
-    """The losses and the norm of the gradient by transformers' models in float64, on padding as Megatron has it."""
+    """Return the losses and the gradient's norm by transformers' models in float64, on padding as Megatron has it."""
     teacher_name, alpha, temperature, masked = REFERENCES[name]
     teacher_path = folder / ("tied" if teacher_name == "tied" else "hf")
     teacher, student = (
@@ -225,13 +223,13 @@ def reference(folder: Path, name: str) -> dict[str, float]:
 def test_first_step_has_the_losses_and_the_gradient_of_a_float64_reference(
     name: str, loop: StockLoop, first: dict[str, Run]
 ) -> None:
-    assert first[name].code == 0, first[name].log[-3000:]
+    found = first[name].ok()
     bound = 0.03 if name == "bf16" else 2e-5
     wanted = reference(loop.folder, name)
     assert wanted["kd loss"] > 0.05
     for what, value in wanted.items():
         printed = 6e-4 if what == "grad norm" else 0.0  # with three decimals
-        assert first[name].values(what)[1] == pytest.approx(value, rel=bound, abs=printed), what
+        assert found.values(what)[1] == pytest.approx(value, rel=bound, abs=printed), what
 
 
 def test_validation_has_the_lm_loss_alone(first: dict[str, Run]) -> None:
@@ -243,18 +241,18 @@ def test_validation_has_the_lm_loss_alone(first: dict[str, Run]) -> None:
 
 def test_model_that_is_its_own_teacher_has_no_loss(first: dict[str, Run]) -> None:
     for name in ("self", "self-bf16"):
-        assert first[name].code == 0, first[name].log[-3000:]
-        assert abs(first[name].values("kd loss")[1]) < 1e-6
-        assert first[name].values("grad norm")[1] < 1e-4
+        found = first[name].ok()
+        assert abs(found.values("kd loss")[1]) < 1e-6
+        assert found.values("grad norm")[1] < 1e-4
 
 
 def state(folder: Path, name: str, step: int) -> dict[str, Any]:
-    """What a `torch` checkpoint of one rank holds."""
+    """Return what a `torch` checkpoint of one rank holds."""
     return load_whole(folder / name / f"iter_{step:07d}" / "mp_rank_00" / "model_optim_rng.pt")
 
 
 def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether weights and optimizer are bitwise the same, and of the same names."""
+    """Return whether weights and optimizer are bitwise the same, and of the same names."""
     assert one["model"].keys() == other["model"].keys()
     pairs = [(weight, other["model"][name]) for name, weight in one["model"].items() if weight is not None]
     moments = one["optimizer"]["state"], other["optimizer"]["state"]
@@ -264,18 +262,16 @@ def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def test_alpha_0_trains_and_saves_bit_for_bit_as_without_a_teacher(loop: StockLoop, first: dict[str, Run]) -> None:
-    assert first["alpha0"].code == first["alone"].code == 0, first["alpha0"].log[-3000:]
-    assert first["alpha0"].losses == first["alone"].losses
+    assert first["alpha0"].ok().losses == first["alone"].ok().losses
     alone = state(loop.folder, "alone", 4)
     assert same_state(alone, state(loop.folder, "alpha0", 4))
     assert not same_state(alone, state(loop.folder, "taught", 4)), "the teacher taught nothing"
 
 
 def test_resumed_distillation_equals_uninterrupted_bitwise(loop: StockLoop, first: dict[str, Run]) -> None:
-    assert first["taught"].code == 0, first["taught"].log[-3000:]
+    first["taught"].ok()
     flags = "--teacher-load hf --kd-alpha 0.5 --ckpt-format torch --load taught --ckpt-step 2 --save again"
-    again = run(loop, [case("again", flags)])["again"]
-    assert again.code == 0, again.log[-3000:]
+    again = run(loop, [case("again", flags)])["again"].ok()
     assert min(again.values("kd loss")) == 3, "it did not resume"
     assert same_state(state(loop.folder, "taught", 4), state(loop.folder, "again", 4))
 

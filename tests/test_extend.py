@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, tensors
+from helpers import make_llama, tensors
 from safetensors.torch import save_file
 
 import prune_llama

@@ -9,7 +9,6 @@ signal, a full or failing disk, cleans up after itself and says why in one line.
 import argparse
 import collections
 import errno
-import hashlib
 import os
 import shutil
 import signal
@@ -25,39 +24,32 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_checkpoints import convert, make_base, time_limit
+from fuzz_checkpoints import time_limit
+from helpers import CONVERT, PRUNE, convert, digests, environment, make_llama, run, torchrun
 
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.storage import output
 
-ROOT = Path(__file__).resolve().parents[1]
-CONVERT, PRUNE = str(ROOT / "tools/checkpoint_conversion/convert.py"), str(ROOT / "prune_llama.py")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-# 50 MB in fp32: enough that most of a run is spent reading and writing.
-BIG = {
+SIZES = {
     "hidden_size": 512,
     "intermediate_size": 1024,
-    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 64,
-    "vocab_size": 1000,
 }
 
 
-def digests(top: Path) -> dict[str, str]:
-    """Return the digest of every file under a directory, by its relative name."""
-    files = sorted(path for path in top.rglob("*") if path.is_file())
-    return {str(path.relative_to(top)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def make_big(path: Path, vocab: int = 1000, **save: Any) -> Path:
+    """Save a Llama of 40 MB: enough that most of a run is spent reading and writing."""
+    return make_llama(path, SIZES, vocab=vocab, **save)
 
 
-def start(*command: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
-    """Start python with `command`, its temporary files under `cwd`."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(cwd / "tmp"), "OMP_NUM_THREADS": "1"}
+def start(*command: str, cwd: Path) -> subprocess.Popen[str]:
+    """Start a command, its temporary files under `cwd`."""
     (cwd / "tmp").mkdir(exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, *command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True, **options,
+        command, env=environment(TMPDIR=cwd / "tmp"), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -104,7 +96,7 @@ class Killing:
 
     def __init__(self, top: Path) -> None:
         self.top = top
-        self.source = make_base(top / "hf", shards=2, **BIG)
+        self.source = make_big(top / "hf", max_shard_size="25MB")
         self.shards = convert(self.source, top / "shards", layout=Layout(2, 1, 8))
         self.target = top / "out"
         where = ["--save", str(self.target)]
@@ -118,19 +110,24 @@ class Killing:
             "prune in place of another": [PRUNE, *shards, *small.split(), "--format", "hf", "--overwrite"],
             "transfer": [CONVERT, *shards, "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2"],
             "export": [CONVERT, *shards, "--format", "hf"],
-            "torchrun prune": [*TORCHRUN, PRUNE, *shards, *small.split()],
-            "torchrun transfer": [*TORCHRUN, CONVERT, *shards, "--tensor-model-parallel-size", "4"],
+            "torchrun prune": [PRUNE, *shards, *small.split()],
+            "torchrun transfer": [CONVERT, *shards, "--tensor-model-parallel-size", "4"],
         }
         self.seconds: dict[str, tuple[float, float]] = {}
         self.wanted: dict[str, dict[str, str]] = {}
         self.before = digests(self.source) | digests(self.shards)
         self.names = {path.name for path in top.iterdir()} | {"tmp"}
 
+    def start(self, name: str, alone: bool = False) -> subprocess.Popen[str]:
+        """Start a run; `alone`: in one process, which writes the same bytes as many do."""
+        launch = torchrun(2) if "torchrun" in name and not alone else [sys.executable]
+        return start(*launch, *self.runs[name], cwd=self.top)
+
     def prepare(self, name: str) -> None:
         """Run once to the end, to know how long it takes, how long of that it writes, and what comes out."""
         if name not in self.wanted:
             begin = time.monotonic()
-            process = start(*self.runs[name], cwd=self.top)
+            process = self.start(name)
             self._wait_for_writing(process)
             writes = time.monotonic()
             _, said = process.communicate()
@@ -143,12 +140,9 @@ class Killing:
         while process.poll() is None and not (self.top / ".out.partial").exists():
             time.sleep(0.001)
 
-    def finish(self, name: str, alone: bool = False) -> None:
-        """Run to the end; `alone`: in one process, which writes the same bytes as many do."""
-        command = self.runs[name]
-        if alone and command[0] == TORCHRUN[0]:
-            command = command[len(TORCHRUN) :]
-        with start(*command, cwd=self.top) as process:
+    def finish(self, name: str) -> None:
+        """Run to the end."""
+        with self.start(name, alone=True) as process:
             _, said = process.communicate()
         assert process.returncode == 0, f"{name}: {said[-2000:]}"
 
@@ -159,7 +153,7 @@ class Killing:
         if "--overwrite" in self.runs[name]:
             shutil.copytree(self.source, self.target)
             old = digests(self.target)
-        process = start(*self.runs[name], cwd=self.top)
+        process = self.start(name)
         whole, writing = self.seconds[name]
         if random.random() < 0.75:  # most of a run is its start, where there is little to break
             self._wait_for_writing(process)
@@ -177,7 +171,7 @@ class Killing:
         stray = sum(path.stat().st_blocks * 512 for path in (self.top / "tmp").rglob("*"))
         assert stray < 1 << 20, f"{name}: left {stray} bytes of temporary files"
         if state != "complete" or left:  # it may have ended while it removed what it replaced
-            self.finish(name, alone=True)
+            self.finish(name)
         assert self._state(name, None) == "complete", f"{name}: the rerun is incomplete"
         left = {path.name for path in self.top.iterdir()} - self.names
         assert left == {"out"}, f"{name}: after the rerun there are {left}"
@@ -199,10 +193,11 @@ class Killing:
 
 @pytest.fixture(scope="module")
 def killing(tmp_path_factory: pytest.TempPathFactory) -> Killing:
-    """Runs to kill."""
+    """Make the source of the runs that are killed."""
     return Killing(tmp_path_factory.mktemp("kill"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["convert", "prune", "prune in place of another", "transfer", "torchrun transfer"])
 def test_a_kill_leaves_the_target_absent_or_complete(killing: Killing, name: str) -> None:
     random = Random(name)
@@ -210,12 +205,13 @@ def test_a_kill_leaves_the_target_absent_or_complete(killing: Killing, name: str
         killing.attempt(random, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_a_run_in_one_line_and_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
-    source = make_base(tmp_path / "hf", **BIG | {"vocab_size": 100_000})
-    old = convert(make_base(tmp_path / "small"), tmp_path / "out", format="hf")
+    source = make_big(tmp_path / "hf", vocab=100_000)
+    old = convert(make_llama(tmp_path / "small"), tmp_path / "out", format="hf")
     before = digests(old)
-    command = [CONVERT, "--load", str(source), "--save", str(old), "--overwrite", "--dtype", "bf16"]
+    command = [sys.executable, CONVERT, "--load", str(source), "--save", str(old), "--overwrite", "--dtype", "bf16"]
     with start(*command, cwd=tmp_path) as process:
         with time_limit(60):
             while not any((tmp_path / ".out.partial").glob("release/*/*")):
@@ -231,7 +227,7 @@ def test_a_signal_ends_a_run_in_one_line_and_cleans_up(tmp_path: Path, number: s
 
 @contextmanager
 def small_disk(path: Path, megabytes: float, *options: str) -> Iterator[Path]:
-    """A file system of so many megabytes at `path`; skips the test where none may be mounted."""
+    """Mount a file system of so many megabytes at `path`; skip the test where none may be mounted."""
     path.mkdir()
     size = f"size={int(megabytes * 1024)}k"
     mounted = subprocess.run(
@@ -249,9 +245,9 @@ def small_disk(path: Path, megabytes: float, *options: str) -> Iterator[Path]:
 def test_a_disk_that_fills_up_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    source = make_base(tmp_path / "hf", **BIG)
+    source = make_big(tmp_path / "hf")
     with small_disk(tmp_path / "disk", 30) as disk:
-        old = convert(make_base(tmp_path / "small"), disk / "out", format="hf")
+        old = convert(make_llama(tmp_path / "small"), disk / "out", format="hf")
         before = digests(old)
         with pytest.raises(ValueError, match=r"needs 0.04 GB, but only 0.03 GB are free there"):
             convert(source, old, format=format, overwrite=True)
@@ -265,18 +261,17 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint(
 
 
 def test_a_read_only_target_is_an_error_in_one_line(tmp_path: Path) -> None:
-    source = make_base(tmp_path / "hf")
+    source = make_llama(tmp_path / "hf")
     with small_disk(tmp_path / "disk", 1, "ro") as disk:
-        with start(CONVERT, "--load", str(source), "--save", str(disk / "out"), cwd=tmp_path) as process:
-            _, said = process.communicate()
-    assert (process.returncode, said) == (1, f"error: {disk}/.out.partial: Read-only file system\n")
+        done = run(sys.executable, CONVERT, "--load", str(source), "--save", str(disk / "out"))
+    assert (done.returncode, done.stderr) == (1, f"error: {disk}/.out.partial: Read-only file system\n")
 
 
 def test_a_read_error_names_the_source_and_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = make_base(tmp_path / "hf", **BIG)
-    old = convert(make_base(tmp_path / "small"), tmp_path / "out", format="hf")
+    source = make_big(tmp_path / "hf")
+    old = convert(make_llama(tmp_path / "small"), tmp_path / "out", format="hf")
     before = digests(old)
     read, calls = os.preadv, iter(range(1000))
 
@@ -300,7 +295,7 @@ def test_verify_names_every_file_that_is_not_as_it_was_written(
 
     for format, weights in (("hf", "model.safetensors"), ("torch", "release/mp_rank_01/model_optim_rng.pt"),
                             ("torch_dist", "release/__0_0.distcp")):  # fmt: skip
-        path = convert(make_base(tmp_path / "source" / format), tmp_path / format, format, layout=Layout(2, 1, 4))
+        path = convert(make_llama(tmp_path / "source" / format), tmp_path / format, format, layout=Layout(2, 1, 4))
         show_checkpoint.main([str(path), "--verify"])
         files = digests(path)
         assert f"verified: all {len(files) - 1} files" in capsys.readouterr().out

@@ -5,9 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, tensors
-from test_conversion import convert
-from test_pruning import plan_of, prune
+from helpers import convert, make_llama, plan_of, prune, tensors
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.plan.choose import spaced

@@ -2,18 +2,19 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import CONVERT, PRUNE, run
 
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.hf_config import config_to_hf
 from megatron.pruning.model.weights import all_weights, weight_shape
 from megatron.pruning.storage.safetensors_file import SafetensorsFile
 from megatron.pruning.storage.views import Bits, Index, View
+
+pytestmark = pytest.mark.slow
 
 SIZE_1B = LlamaConfig(
     num_layers=22, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=32, num_query_groups=4, head_dim=64,
@@ -70,19 +71,15 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 print('torch was imported' if 'torch' in sys.modules else 'no torch', 'peak', peak[0])
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", watch, *command], env=environment, text=True, capture_output=True)
+    done = run(sys.executable, "-c", watch, *command)
     assert done.returncode == 0, done.stderr
     assert "no torch" in done.stdout
     return float(done.stdout.split("peak")[-1]) / 1024
 
 
-PRUNE, CONVERT = str(ROOT / "prune_llama.py"), str(ROOT / "tools/checkpoint_conversion/convert.py")
-
-
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sparse checkpoint of 1.1B parameters, 2.2 GB."""
+    """Make a sparse checkpoint of 1.1B parameters, 2.2 GB."""
     return sparse_llama(tmp_path_factory.mktemp("big") / "hf", SIZE_1B)
 
 

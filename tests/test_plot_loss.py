@@ -16,7 +16,7 @@ EVALUATED = " validation loss at iteration {step} | lm loss value: {loss:.6E} | 
 
 @pytest.fixture
 def both(tmp_path: Path) -> tuple[Path, Path]:
-    """The same run as TensorBoard has it and as a log, in which a resume repeats step 20."""
+    """Write the same run as TensorBoard has it and as a log, in which a resume repeats step 20."""
     log = tmp_path / "log.txt"
     text = LOG.format(step=20, samples=160, loss=9.0)
     with SummaryWriter(str(tmp_path / "events")) as writer:

@@ -1,37 +1,24 @@
 """Text to tokens: nothing is lost, the workers do not matter, and a bad line is named and leaves nothing behind."""
 
-import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
+import preprocess_data as tool
 import pytest
+from helpers import ROOT, run
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+
 TEXTS = ["def f(x):\n    return  x\n", "héllo ☃\ttab", "    ", "a" * 500, "one\n\n\n  two  ", "plain words " * 200] * 20
-
-
-def load_tool() -> ModuleType:
-    """tools/ is no package: its programs are loaded by path."""
-    spec = importlib.util.spec_from_file_location("preprocess_data", ROOT / "tools" / "preprocess_data.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # worker processes find its classes by this name
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model that keeps spaces and spells unknown characters in bytes."""
+    """Train a SentencePiece model that keeps spaces and spells unknown characters in bytes."""
     import sentencepiece
 
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
@@ -61,7 +48,7 @@ def command(inputs: list[Path], prefix: Path, model: Path, *more: str) -> list[s
 
 
 def documents(prefix: Path, key: str = "text") -> list[np.ndarray]:
-    """The documents of the written files, read by Megatron's own reader."""
+    """Return the documents of the written files, read by Megatron's own reader."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     data = IndexedDataset(f"{prefix}_{key}_document")
@@ -153,8 +140,7 @@ def test_empty_or_missing_input_and_unknown_tokenizer_are_refused(tmp_path: Path
 
 def test_command_says_one_sentence_and_exits_with_1(tmp_path: Path, model: Path) -> None:
     lines = write_lines(tmp_path / "bad.jsonl", ["nonsense"])
-    program = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]
-    done = subprocess.run([*program, *command([lines], tmp_path / "p", model)], text=True, capture_output=True)
+    done = run(sys.executable, str(ROOT / "tools/preprocess_data.py"), *command([lines], tmp_path / "p", model))
     assert done.returncode == 1
     (said,) = done.stderr.splitlines()  # and nothing of what is not installed
     assert said.startswith(f"error: {lines} line 1: not valid JSON")

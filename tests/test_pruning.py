@@ -1,22 +1,31 @@
 """A pruned model is exactly its masked parent, and every way to make it gives the same bytes."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHAPES, hf_logits, make_llama, tensors
-from test_conversion import convert, same_tree
-from transformers import AutoModelForCausalLM
+from helpers import (
+    PRUNE,
+    assert_same_tensors,
+    convert,
+    digests,
+    hf_logits,
+    load_whole,
+    make_llama,
+    plan_of,
+    prune,
+    rank_file,
+    run,
+    sliced,
+    tensors,
+    torchrun,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
 
-import prune_llama
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import fingerprint
 from megatron.pruning.model.layout import Layout
@@ -25,7 +34,7 @@ from megatron.pruning.plan.choose import CRITERIA, Criterion, best, random
 from megatron.pruning.plan.decide import PruneRequest, decide
 from megatron.pruning.plan.plan import Plan, from_ranges, to_ranges
 
-WIDTHS = {  # what remains of each shape of conftest.py: every axis but the hidden size, which comes apart
+WIDTHS = {  # what remains of each of SHAPES: every axis but the hidden size, which comes apart
     "mha": ["--num-attention-heads-remain=2", "--ffn-hidden-size-remain=40"],
     "gqa": ["--num-attention-heads-remain=4", "--ffn-hidden-size-remain=52"],
     "tied": ["--num_attention_heads_remain", "2", "--ffn_hidden_size_remain", "20"],
@@ -39,62 +48,19 @@ WIDTHS = {  # what remains of each shape of conftest.py: every axis but the hidd
 ADDED_TO_PLANS = ("made_by", "layer_criterion", "scores", "importance_kept", "balance_tax", "norm_gains")
 
 
-def prune(source: Path, target: Path, *flags: str) -> Path:
-    prune_llama.main(["--load", str(source), "--save", str(target), *flags])
-    return target
-
-
-def plan_of(path: Path) -> Plan:
-    return Plan.from_json((path / "prune_plan.json").read_text(), str(path))
-
-
-def sliced(state: dict[str, torch.Tensor], plan: Plan, head_dim: int) -> dict[str, torch.Tensor]:
-    """Prune a Hugging Face state dict weight by weight, name by name: what the project derives from its table."""
-
-    def rows(heads: np.ndarray) -> torch.Tensor:
-        return torch.tensor([h * head_dim + i for h in heads.tolist() for i in range(head_dim)])
-
-    hidden, out = torch.tensor(plan.hidden), {}
-    for new, old in enumerate(plan.layers.tolist()):
-        heads, groups, ffn = rows(plan.heads[new]), rows(plan.groups[new]), torch.tensor(plan.ffn[new])
-        for name, (first, second) in {
-            "self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (groups, hidden),
-            "self_attn.v_proj": (groups, hidden), "self_attn.o_proj": (hidden, heads),
-            "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn),
-        }.items():  # fmt: skip
-            out[f"model.layers.{new}.{name}.weight"] = state[f"model.layers.{old}.{name}.weight"][first][:, second]
-        vectors = {"q_proj.bias": heads, "k_proj.bias": groups, "v_proj.bias": groups}
-        for name, kept in {**vectors, "q_norm.weight": slice(None), "k_norm.weight": slice(None)}.items():
-            if (key := f"model.layers.{old}.self_attn.{name}") in state:
-                out[f"model.layers.{new}.self_attn.{name}"] = state[key][kept]
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            out[f"model.layers.{new}.{name}.weight"] = state[f"model.layers.{old}.{name}.weight"][hidden]
-    out["model.norm.weight"] = state["model.norm.weight"][hidden]
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in state:
-            out[name] = state[name][:, hidden]
-    return out
-
-
-@pytest.mark.parametrize("shape", sorted(SHAPES))
-def test_every_weight_keeps_exactly_the_chosen_coordinates(tmp_path: Path, shape: str) -> None:
-    source = make_llama(tmp_path / "hf", shape)
-    flags = [*WIDTHS[shape], "--hidden-size-remain=24", "--drop-layers=1", "--format=hf"]
-    pruned = prune(source, tmp_path / "pruned", *flags)
+def test_every_weight_keeps_exactly_the_chosen_coordinates(llama: Path, tmp_path: Path) -> None:
+    flags = [*WIDTHS[llama.name], "--hidden-size-remain=24", "--drop-layers=1", "--format=hf"]
+    pruned = prune(llama, tmp_path / "pruned", *flags)
     plan = plan_of(pruned)
     assert len(plan.hidden) == 24 and plan.layers.tolist() == [0, 2, 3]
-    head_dim = AutoModelForCausalLM.from_pretrained(source).config.head_dim
-    wanted, found = sliced(tensors(source), plan, head_dim), tensors(pruned)
-    assert wanted.keys() == found.keys()
-    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    head_dim = AutoConfig.from_pretrained(llama).head_dim
+    assert_same_tensors(tensors(pruned), sliced(tensors(llama), plan, head_dim))
 
 
-@pytest.mark.parametrize("shape", sorted(SHAPES))
-def test_pruned_model_equals_masked_parent(tmp_path: Path, shape: str) -> None:
-    source = make_llama(tmp_path / "hf", shape)
-    pruned = prune(source, tmp_path / "pruned", *WIDTHS[shape], "--drop-layers=0,2", "--format=hf")
+def test_pruned_model_equals_masked_parent(llama: Path, tmp_path: Path) -> None:
+    pruned = prune(llama, tmp_path / "pruned", *WIDTHS[llama.name], "--drop-layers=0,2", "--format=hf")
     plan, tokens = plan_of(pruned), torch.randint(0, 101, (2, 30), generator=torch.Generator().manual_seed(1))
-    parent = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64, attn_implementation="eager").eval()
+    parent = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64, attn_implementation="eager").eval()
     parent.config.use_cache = False
     kept = [parent.model.layers[layer] for layer in plan.layers]
     with torch.no_grad():
@@ -118,22 +84,20 @@ def test_pruning_and_resharding_commute(llama: Path, tmp_path: Path) -> None:
     a = convert(first, tmp_path / "a", tensor=4, pipeline=2)
     plan = ["--plan", str(first / "prune_plan.json")]
     b = prune(convert(llama, tmp_path / "tp4", tensor=4, pipeline=2), tmp_path / "b", *plan)
-    assert same_tree(a, b)
+    assert digests(a) == digests(b)
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_and_any_source_give_the_same_bytes(gqa: Path, tmp_path: Path) -> None:
     flags = ["--hidden_size_remain", "24", "--num_attention_heads_remain", "4", "--tensor-model-parallel-size", "2"]
     one = prune(gqa, tmp_path / "one", *flags)
     from_shards = prune(convert(gqa, tmp_path / "shards", tensor=4, pipeline=2), tmp_path / "from", *flags,
                         "--pipeline-model-parallel-size=1")  # fmt: skip
-    assert same_tree(one, from_shards)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [str(ROOT / "prune_llama.py"), "--load", str(gqa), "--save", str(tmp_path / "two"), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*launch, *command], env=environment, text=True, capture_output=True, timeout=120)
+    assert digests(one) == digests(from_shards)
+    done = run(*torchrun(2), PRUNE, "--load", str(gqa), "--save", str(tmp_path / "two"), *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parameters") == 2  # the parent's line and the table's, from one process only
-    assert same_tree(one, tmp_path / "two")
+    assert digests(one) == digests(tmp_path / "two")
 
 
 def test_same_seed_same_plan_and_another_seed_another(gqa: Path, tmp_path: Path) -> None:
@@ -161,7 +125,7 @@ def test_plan_file_round_trips_and_applies(gqa: Path, tmp_path: Path) -> None:
     assert plan_file.read_text() == text
     assert (tmp_path / "only.prune_plan.png").read_bytes().startswith(b"\x89PNG")
     applied = prune(gqa, tmp_path / "applied", "--plan", str(plan_file), "--format=hf")
-    assert same_tree(made, applied)
+    assert digests(made) == digests(applied)
 
 
 def test_plan_is_refused_on_another_parent_and_when_tampered_with(gqa: Path, tmp_path: Path) -> None:
@@ -241,9 +205,7 @@ def test_unbalanced_shards_are_written_as_they_fall_and_merge(tmp_path: Path) ->
     wanted = sliced(tensors(source), plan, 16)
     widths = []
     for rank in (0, 1):
-        path = uneven / "release" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
-        with torch.serialization.safe_globals([Namespace]):
-            model = torch.load(path, weights_only=True)["model"]
+        model = load_whole(rank_file(uneven, f"mp_rank_{rank:02d}"))["model"]
         down = model["decoder.layers.1.mlp.linear_fc2.weight"]
         kept = [i for i, ffn in enumerate(plan.ffn[1].tolist()) if ffn * 2 // 88 == rank]
         assert torch.equal(down, wanted["model.layers.1.mlp.down_proj.weight"][:, kept])

@@ -1,60 +1,41 @@
 """A pruned checkpoint trains on in the stock loop: strictly loaded, from the exported model's own loss, downwards."""
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, hf_logits, make_llama
-from test_conversion import convert
-from test_pruning import prune
+from helpers import ROOT, convert, hf_loss, make_llama, prune, run, torchrun, write_repeated
+from stock_loop import Run
 
 from megatron.pruning.model.layout import Layout
 
+pytestmark = pytest.mark.slow
+
 SEQUENCE = 32
 PRUNED = ["--hidden-size-remain=32", "--num-attention-heads-remain=4", "--ffn-hidden-size-remain=40"]
+SAMPLE = np.random.default_rng(0).integers(0, 128, SEQUENCE)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a parent and data in which every sample is the same, so that the first loss is known."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
+    """Make a folder with a parent and data in which every sample is the same, so that the first loss is known."""
     top = tmp_path_factory.mktemp("recovery")
     # No padded vocabulary: its logits would take part in Megatron's softmax and in no other.
     make_llama(top / "hf", "gqa", vocab=128)
-    sample = np.random.default_rng(0).integers(0, 128, SEQUENCE)
-    builder = IndexedDatasetBuilder(str(top / "data.bin"), dtype=np.uint16)
-    builder.add_document(np.append(np.tile(sample, 200), sample[0]), [200 * SEQUENCE + 1])
-    builder.finalize(str(top / "data.idx"))
-    np.save(top / "sample.npy", np.append(sample, sample[0]))
+    write_repeated(top / "data", SAMPLE, 200)
     return top
 
 
-def exported_loss(folder: Path, checkpoint: Path) -> float:
+def exported_loss(checkpoint: Path) -> float:
     """Return the loss of the checkpoint as Hugging Face computes it, after an export."""
-    sample = torch.from_numpy(np.load(folder / "sample.npy"))[None]
-    exported = convert(checkpoint, folder / f"{checkpoint.name}-hf", format="hf")
-    logits = hf_logits(exported, sample[:, :-1])
-    return float(torch.nn.functional.cross_entropy(logits[0], sample[0, 1:]))
+    exported = convert(checkpoint, checkpoint.with_name(f"{checkpoint.name}-hf"), format="hf")
+    return hf_loss(exported, np.append(SAMPLE, SAMPLE[0]))
 
 
-def losses(done: subprocess.CompletedProcess[str]) -> dict[int, float]:
-    """Return the training losses by iteration that the stock loop printed."""
-    problems = [line for line in done.stdout.splitlines() if re.search(r"error: |Error: ", line)]
-    assert done.returncode == 0, problems or done.stdout[-3000:]
-    return {int(step): float(loss) for step, loss in re.findall(r"iteration +(\d+)/.*lm loss: (\S+)", done.stdout)}
-
-
-def run(command: list[str], **settings: object) -> subprocess.CompletedProcess[str]:
-    """Run a command with environment settings, on the python that runs this test."""
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **{name: str(value) for name, value in settings.items()}}
-    return subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def losses(*command: str, **settings: object) -> dict[int, float]:
+    """Run the stock loop and return its training losses by iteration."""
+    done = run(*command, **settings)
+    return Run(done.returncode, done.stderr + done.stdout).ok().losses
 
 
 def test_check_model_trains_a_pruned_pipeline_and_resumes(folder: Path) -> None:
@@ -66,15 +47,15 @@ def test_check_model_trains_a_pruned_pipeline_and_resumes(folder: Path) -> None:
         "TRAIN_ITERS": 7,
     }  # fmt: skip
     command = ["bash", str(ROOT / "scripts/check_model.sh")]
-    first = losses(run([*command, "--exit-interval", "5"], **settings))
-    assert first[1] == pytest.approx(exported_loss(folder, pruned), abs=1e-5)
+    first = losses(*command, "--exit-interval", "5", **settings)
+    assert first[1] == pytest.approx(exported_loss(pruned), abs=1e-5)
     assert first[5] < first[1] - 0.5
-    resumed = losses(run(command, **settings))
+    resumed = losses(*command, **settings)
     assert sorted(resumed) == [6, 7] and resumed[6] < first[5]
     # What a later export needs has followed the weights.
     for name in ("huggingface/config.json", "megatron_args.txt", "prune_plan.json"):
         assert (folder / "pp2-trained" / name).read_bytes() == (pruned / name).read_bytes()
-    assert exported_loss(folder, folder / "pp2-trained") < resumed[7]
+    assert exported_loss(folder / "pp2-trained") < resumed[7]
 
 
 @pytest.mark.parametrize("format", ["torch", "torch_dist"])
@@ -82,14 +63,13 @@ def test_pruned_tensor_parallel_checkpoint_trains_from_its_own_arguments(folder:
     shards = convert(folder / "hf", folder / f"parent-{format}", layout=Layout(tensor=2, vocab_divisor=64))
     pruned = prune(shards, folder / f"tp2-{format}", *PRUNED, f"--format={format}")
     trained = folder / f"trained-{format}"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = f"""--use-checkpoint-args --norm-epsilon 1e-4 --tensor-model-parallel-size 2 --sequence-parallel
         --load {trained} --pretrained-checkpoint {pruned} --save {trained} --ckpt-format {format}
         --data-path {folder}/data --split 100,0,0
         --tokenizer-type NullTokenizer --vocab-size 128 --seq-length {SEQUENCE} --micro-batch-size 2
         --global-batch-size 4 --train-iters 3 --lr 1e-2 --eval-iters 0 --log-interval 1 --calculate-per-token-loss"""
-    done = losses(run([*launch, str(ROOT / "pretrain_gpt.py"), *flags.split()]))
-    assert done[1] == pytest.approx(exported_loss(folder, pruned), abs=1e-5)
+    done = losses(*torchrun(2), str(ROOT / "pretrain_gpt.py"), *flags.split())
+    assert done[1] == pytest.approx(exported_loss(pruned), abs=1e-5)
     assert done[3] < done[1]
     # The stock loop's own checkpoint, optimizer and all, is read as well.
-    assert exported_loss(folder, trained) < done[3]
+    assert exported_loss(trained) < done[3]

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_llama
-from test_pruning import plan_of, prune
-from test_recovery import run
+from helpers import PRUNE, make_llama, plan_of, prune, run, write_documents
 
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
@@ -99,20 +97,16 @@ def test_proposals_are_shown_and_one_is_taken(gqa: Path, tmp_path: Path, capsys:
     assert rows and all(0.98 * 40_000 <= int(row[6].replace(",", "")) <= 40_000 for row in rows)
 
 
+@pytest.mark.slow
 def test_candidates_are_trained_and_ranked(tmp_path: Path) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     source = make_llama(tmp_path / "hf", "gqa", vocab=128)
-    tokens = np.tile(np.random.default_rng(0).integers(0, 128, 40), 100)
-    builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.uint16)
-    builder.add_document(tokens, [len(tokens)])
-    builder.finalize(str(tmp_path / "data.idx"))
+    write_documents(tmp_path / "data", np.tile(np.random.default_rng(0).integers(0, 128, 40), 100))
     command = f"--load {source} --save {tmp_path / 'out'} --target-ratio 0.6 --candidates 2 --train-iters 4 --lr 1e-2 "
     command += f"--train-data-path {tmp_path / 'data'} --valid-data-path {tmp_path / 'data'} --seq-length 32 "
     command += "--tokenizer-type NullTokenizer --tokenizer-model none --vocab-size 128 --micro-batch-size 2 "
     command += "--global-batch-size 2 --eval-iters 2 --lr-warmup-iters 2"
-    done = run([sys.executable, str(ROOT / "prune_llama.py"), *command.split()])
-    assert done.returncode == 0, done.stdout[-3000:]
+    done = run(sys.executable, PRUNE, *command.split())
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     ranking = json.loads((tmp_path / "out.candidates/losses.json").read_text())
     best = min(ranking, key=lambda entry: entry["loss"])
     assert len(ranking) == 2 and all(3 < entry["loss"] < 6 for entry in ranking)

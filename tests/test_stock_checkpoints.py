@@ -5,24 +5,20 @@ third loss is then the stock model's own value of what it saved. All cases share
 (stock_worker.py).
 """
 
-import json
 import math
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, hf_logits, tensors
-from test_pruning import plan_of, prune, sliced
+from helpers import assert_same_tensors, hf_loss, plan_of, prune, sliced, tensors, write_repeated
+from stock_loop import Run, StockLoop
 
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.model.layout import Layout
+
+pytestmark = pytest.mark.slow
 
 STEPS, SAVED, SEQUENCE, VOCABULARY, DIVISOR = 3, 2, 64, 128, 32
 EXACT = 1e-5
@@ -82,7 +78,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Names its folder and its test."""
+        """Return the name of its folder and its test."""
         return f"{self.kind}-{self.precision}-{self.format}-tp{self.layout[0]}-pp{self.layout[1]}"
 
 
@@ -100,27 +96,12 @@ CASES = [
     Case("groups", "fp32", "torch_dist", (2, 1), torch=(2, 1), torch_dist=(2, 1), flags="--sequence-parallel"),
 ]
 BF16_CASES = [case for case in CASES if case.precision == "bf16"]
-LAYOUTS = {(1, 1), (2, 1), (4, 1), (2, 2)}
 FORMATS = ("torch", "torch_dist")
 
 
 def split(layout: tuple[int, int]) -> str:
     """Return the flags of a tensor x pipeline layout."""
     return f"--tensor-model-parallel-size {layout[0]} --pipeline-model-parallel-size {layout[1]}"
-
-
-@dataclass
-class Run:
-    """What a run of the stock loop left: its exit status and its log."""
-
-    status: int
-    log: str
-
-    @property
-    def losses(self) -> dict[int, float]:
-        """Loss by step; its log averages the second with the first."""
-        assert self.status == 0, self.log[-3000:]
-        return {int(step): float(loss) for step, loss in re.findall(r"iteration +(\d+)/.*lm loss: (\S+)", self.log)}
 
 
 @dataclass
@@ -131,51 +112,23 @@ class Result:
     run: Run
 
 
-class Stock:
-    """The stock loop, behind the process that forks its ranks."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        # LOCAL_WORLD_SIZE: how many devices the stand-in says there are.
-        settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "4"}
-        command = [sys.executable, str(ROOT / "tests/stock_worker.py"), str(folder)]
-        with (folder / "worker.log").open("w") as log:
-            self.process = subprocess.Popen(
-                command,
-                env=os.environ | settings,
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )
-
-    def run(self, cases: dict[str, tuple[str, tuple[int, int]]]) -> dict[str, Run]:
-        """Run cases, name -> flags and layout, and return what each left."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        content = []
-        for name, (words, layout) in cases.items():
-            # A cache of its own: two cases at a time must not write the same.
-            flags = f"{words} {split(layout)} {TRAINING} --data-cache-path cache/{name}".split()
-            content.append({"name": name, "words": flags, "ranks": math.prod(layout)})
-        self.process.stdin.write(json.dumps(content) + "\n")
-        self.process.stdin.flush()
-        answers = [self.process.stdout.readline().split() for _ in cases]
-        assert all(answers), (self.folder / "worker.log").read_text()[-3000:]
-        return {name: Run(int(status), (self.folder / f"{name}.log").read_text()) for name, status in answers}
-
-
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
-    """The stock loop, in a folder with data in which every sample is the same."""
-    stock = Stock(tmp_path_factory.mktemp("stock"))
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(str(stock.folder / "data.bin"), dtype=np.uint16)
-    builder.add_document(np.append(np.tile(sample(), 20), sample()[0]), [20 * SEQUENCE + 1])
-    builder.finalize(str(stock.folder / "data.idx"))
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockLoop]:
+    """Start the stock loop in a folder with data in which every sample is the same."""
+    stock = StockLoop(tmp_path_factory.mktemp("stock"))
+    write_repeated(stock.folder / "data", sample(), 20)
     yield stock
-    stock.process.communicate()
+    stock.close()
+
+
+def run_all(stock: StockLoop, cases: dict[str, tuple[str, tuple[int, int]]]) -> dict[str, Run]:
+    """Run cases, name -> flags and layout, and return what each left."""
+    content = []
+    for name, (words, layout) in cases.items():
+        # A cache of its own: two cases at a time must not write the same.
+        flags = f"{words} {split(layout)} {TRAINING} --data-cache-path cache/{name}".split()
+        content.append({"name": name, "words": flags, "ranks": math.prod(layout)})
+    return stock.run_all(content)
 
 
 def sample() -> np.ndarray:
@@ -184,30 +137,30 @@ def sample() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def trained(stock: Stock) -> dict[str, Result]:
-    """The checkpoints that the stock loop wrote, by the name of their case."""
+def trained(stock: StockLoop) -> dict[str, Result]:
+    """Return the checkpoints that the stock loop wrote, by the name of their case."""
     words = {}
     for case in CASES:
         precision = "--bf16" if case.precision == "bf16" else ""
         saved = f"--save {case.name} --ckpt-format {case.format}"
         words[case.name] = (f"{MODEL} {KINDS[case.kind][0]} {precision} {saved} {case.flags}", case.layout)
-    return {name: Result(stock.folder / name, run) for name, run in stock.run(words).items()}
+    return {name: Result(stock.folder / name, run) for name, run in run_all(stock, words).items()}
 
 
 @pytest.fixture(scope="module")
-def in_fp32(stock: Stock, trained: dict[str, Result]) -> dict[str, Run]:
-    """Runs that begin, in fp32, from the checkpoints that the stock loop wrote in bf16, by the name of their case."""
+def in_fp32(stock: StockLoop, trained: dict[str, Result]) -> dict[str, Run]:
+    """Return the runs in fp32 from the checkpoints that the stock loop wrote in bf16, by the name of their case."""
     words = {}
     for case in BF16_CASES:
         load = f"--load {case.name} --ckpt-step {SAVED} --finetune"
         words[f"{case.name}-in-fp32"] = (f"{MODEL} {KINDS[case.kind][0]} {load}", case.layout)
-    return {name.removesuffix("-in-fp32"): run for name, run in stock.run(words).items()}
+    return {name.removesuffix("-in-fp32"): run for name, run in run_all(stock, words).items()}
 
 
 @pytest.fixture(scope="module")
-def pruned(stock: Stock, trained: dict[str, Result]) -> dict[tuple[str, str, str], Result]:
-    """The pruned checkpoints by case and format, and the runs that began from them by the precision they compute in."""
-    assert not [name for name, result in trained.items() if result.run.status], "not every case has what is pruned"
+def pruned(stock: StockLoop, trained: dict[str, Result]) -> dict[tuple[str, str, str], Result]:
+    """Return the pruned checkpoints by case and format, and the runs that began from them by their precision."""
+    assert not [name for name, result in trained.items() if result.run.code], "not every case has what is pruned"
     paths, words = {}, {}
     for case in CASES:
         for format in FORMATS:
@@ -221,7 +174,7 @@ def pruned(stock: Stock, trained: dict[str, Result]) -> dict[tuple[str, str, str
                 run = f"{name}-in-{precision}"
                 paths[case.name, format, precision] = stock.folder / name
                 words[run] = (f"{model} {computing} {case.flags} --pretrained-checkpoint {name}", layout)
-    runs = stock.run(words)
+    runs = run_all(stock, words)
     return {key: Result(path, runs[f"{path.name}-in-{key[-1]}"]) for key, path in paths.items()}
 
 
@@ -235,24 +188,12 @@ def exported(checkpoint: Path, iteration: int | None = None) -> Path:
 
 def exported_loss(checkpoint: Path, iteration: int | None = None) -> float:
     """Return the loss of LlamaForCausalLM, in fp32, on the checkpoint's export."""
-    tokens = torch.from_numpy(np.append(sample(), sample()[0]))[None]
-    logits = hf_logits(exported(checkpoint, iteration), tokens[:, :-1])
-    return float(torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:]))
-
-
-def test_cases_cover_every_format_with_every_layout_and_every_kind_in_both_precisions() -> None:
-    assert {(case.format, case.layout) for case in CASES} == {(f, layout) for f in FORMATS for layout in LAYOUTS}
-    for kind in ("mha", "gqa", "tied"):
-        assert {case.precision for case in CASES if case.kind == kind} == {"fp32", "bf16"}
-        assert {case.format for case in CASES if case.kind == kind} == set(FORMATS)
-    for format in FORMATS:
-        assert {getattr(case, format) for case in CASES} == LAYOUTS
-        assert any(getattr(case, format) == case.layout for case in CASES if case.format == format)
+    return hf_loss(exported(checkpoint, iteration), np.append(sample(), sample()[0]))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_stock_checkpoint_opens_as_what_the_stock_loop_built(case: Case, trained: dict[str, Result]) -> None:
-    assert sorted(trained[case.name].run.losses) == [1, 2, 3]
+    assert sorted(trained[case.name].run.ok().losses) == [1, 2, 3]
     checkpoint = open_checkpoint(trained[case.name].path, SAVED)
     assert (checkpoint.format, checkpoint.dtype) == (case.format, case.precision)
     # torch_dist is one for all layouts.
@@ -267,7 +208,7 @@ def test_stock_checkpoint_opens_as_what_the_stock_loop_built(case: Case, trained
 def test_export_of_a_stock_checkpoint_has_the_loss_of_the_stock_model(case: Case, trained: dict[str, Result]) -> None:
     source = trained[case.name]
     bound = EXACT if case.precision == "fp32" else ROUNDED
-    assert source.run.losses[SAVED + 1] == pytest.approx(exported_loss(source.path, SAVED), abs=bound)
+    assert source.run.ok().losses[SAVED + 1] == pytest.approx(exported_loss(source.path, SAVED), abs=bound)
 
 
 @pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
@@ -275,7 +216,7 @@ def test_export_of_a_bf16_stock_checkpoint_has_the_loss_that_the_stock_model_has
     case: Case, trained: dict[str, Result], in_fp32: dict[str, Run]
 ) -> None:
     loss = exported_loss(trained[case.name].path, SAVED)
-    assert in_fp32[case.name].losses[1] == pytest.approx(loss, abs=EXACT)
+    assert in_fp32[case.name].ok().losses[1] == pytest.approx(loss, abs=EXACT)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -287,8 +228,7 @@ def test_pruned_stock_checkpoint_is_the_chosen_part_of_its_weights_bitwise(
     config = open_checkpoint(path).config
     plan, parent = plan_of(path), tensors(exported(trained[case.name].path, STEPS))
     wanted, found = sliced(parent, plan, config.head_dim), tensors(exported(path))
-    assert wanted.keys() == found.keys()
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert_same_tensors(found, wanted)
     # Every axis became smaller; q_proj is [heads * head_dim, hidden], down_proj [hidden, ffn].
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         smaller, larger = (state[f"model.layers.0.{name}.weight"].shape for state in (found, parent))
@@ -302,7 +242,7 @@ def test_pruned_stock_checkpoint_trains_on_from_the_loss_of_its_export(
     case: Case, format: str, pruned: dict[tuple[str, str, str], Result]
 ) -> None:
     result = pruned[case.name, format, "fp32"]
-    checkpoint, losses = open_checkpoint(result.path), result.run.losses
+    checkpoint, losses = open_checkpoint(result.path), result.run.ok().losses
     assert (checkpoint.format, checkpoint.dtype) == (format, case.precision)
     assert (checkpoint.transformer_impl != "local") == (format == "torch" and case.prune_flags == TE_NAMES)
     # The loader of pretrain_gpt.py ends the run on a name or a shape that does not fit.
@@ -317,6 +257,6 @@ def test_pruned_bf16_stock_checkpoint_trains_on_in_bf16(
     case: Case, format: str, pruned: dict[tuple[str, str, str], Result]
 ) -> None:
     result = pruned[case.name, format, "bf16"]
-    losses = result.run.losses
+    losses = result.run.ok().losses
     assert losses[1] == pytest.approx(exported_loss(result.path), abs=ROUNDED)
     assert losses[3] < losses[1] - 0.1

@@ -4,9 +4,7 @@ import errno
 import io
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -20,11 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tensors
+from helpers import convert, rank_file, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import peers, streaming
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.storage import direct_write
@@ -65,54 +62,15 @@ def random_view(*shape: int, dtype: str = "bf16", seed: int = 0) -> Held:
     return Held(np.random.default_rng(seed).integers(info.min, info.max, shape, kind, endpoint=True), dtype)
 
 
-def test_every_format_gets_a_manifest_of_all_its_files(gqa: Path, tmp_path: Path) -> None:
-    for format in ("hf", "torch", "torch_dist"):
-        path = tmp_path / format
-        save_checkpoint(open_checkpoint(gqa), path, format=format, layout=Layout(2, 2))
-        files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-        content = json.loads(files.pop(MANIFEST))
-        assert content == {"format": 1, "files": {
-            name: {"bytes": len(raw), "crc32": f"{zlib.crc32(raw):08x}"} for name, raw in files.items()
-        }}  # fmt: skip
-        assert verify(path) == []
-
-
-@pytest.mark.parametrize(
-    "damage,problem",
-    [
-        (lambda path: path.unlink(), "is missing"),
-        (lambda path: os.truncate(path, 1000), "has 1000 bytes, its manifest says"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"~"), "has crc32 .*, its manifest says"),
-    ],
-)
-def test_verify_names_what_is_not_right(gqa: Path, tmp_path: Path, damage, problem: str) -> None:
-    save_checkpoint(open_checkpoint(gqa), tmp_path / "out", format="hf")
-    damage(tmp_path / "out/model.safetensors")
-    (found,) = verify(tmp_path / "out")
-    assert "model.safetensors" in found
-    assert re.search(problem, found)
-
-
-@pytest.mark.parametrize(
-    "text,problem",
-    [
-        ("{", "is not a manifest"),
-        ("[]", "is not a manifest"),
-        ('{"format": 2, "files": {}}', "it has format 2, this program reads 1"),
-        ('{"format": 1, "files": {"../x": {"bytes": 1, "crc32": "0"}}}', "outside its own directory"),
-        ('{"format": 1, "files": {"/etc/x": {"bytes": 1, "crc32": "0"}}}', "outside its own directory"),
-        ('{"format": 1, "files": {"x": {"bytes": 1}}}', "is not a manifest"),
-    ],
-)
-def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str, problem: str) -> None:
-    (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(ValueError, match=problem):
-        read_manifest(tmp_path / MANIFEST)
-
-
-def test_a_directory_without_a_manifest_cannot_be_checked(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no manifest\.json, so there is nothing to check it against"):
-        verify(tmp_path)
+@pytest.mark.parametrize("format", ["hf", "torch", "torch_dist"])
+def test_every_format_gets_a_manifest_of_all_its_files(gqa: Path, tmp_path: Path, format: str) -> None:
+    path = convert(gqa, tmp_path / "out", format=format, layout=Layout(2, 2))
+    files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    content = json.loads(files.pop(MANIFEST))
+    assert content == {"format": 1, "files": {
+        name: {"bytes": len(raw), "crc32": f"{zlib.crc32(raw):08x}"} for name, raw in files.items()
+    }}  # fmt: skip
+    assert verify(path) == []
 
 
 @given(st.lists(st.binary(max_size=300), max_size=8))
@@ -121,9 +79,8 @@ def test_digests_add_up_to_the_digest_of_the_whole(pieces: list[bytes]) -> None:
 
 
 def test_torch_and_zip_find_rank_files_whole(gqa: Path, tmp_path: Path) -> None:
-    save_checkpoint(open_checkpoint(gqa), tmp_path / "m", format="torch", layout=Layout(2, 1))
     again = tmp_path / "again"
-    for path in sorted((tmp_path / "m").rglob("*.pt")):
+    for path in sorted(convert(gqa, tmp_path / "m", tensor=2).rglob("*.pt")):
         assert zipfile.ZipFile(path).testzip() is None  # reads every entry and checks its crc32
         assert all(entry.CRC for entry in zipfile.ZipFile(path).infolist())
         with torch.serialization.safe_globals([Namespace]):
@@ -137,8 +94,8 @@ def test_torch_and_zip_find_rank_files_whole(gqa: Path, tmp_path: Path) -> None:
 
 
 def test_zip_finds_every_entry_of_torch_dist_whole(gqa: Path, tmp_path: Path) -> None:
-    save_checkpoint(open_checkpoint(gqa), tmp_path / "m", format="torch_dist")
-    chunks = [chunk for entry in read_metadata(tmp_path / "m/release").values() for chunk in entry.chunks]
+    release = convert(gqa, tmp_path / "m", format="torch_dist") / "release"
+    chunks = [chunk for entry in read_metadata(release).values() for chunk in entry.chunks]
     assert len(chunks) > 30
     for chunk in chunks:
         raw = chunk.path.read_bytes()[chunk.start : chunk.start + chunk.length]
@@ -147,9 +104,7 @@ def test_zip_finds_every_entry_of_torch_dist_whole(gqa: Path, tmp_path: Path) ->
 
 @pytest.mark.skipif(shutil.which("unzip") is None, reason="no unzip here")
 def test_unzip_finds_a_rank_file_whole(gqa: Path, tmp_path: Path) -> None:
-    save_checkpoint(open_checkpoint(gqa), tmp_path / "m", format="torch")
-    file = tmp_path / "m/release/mp_rank_00/model_optim_rng.pt"
-    done = subprocess.run(["unzip", "-t", str(file)], capture_output=True, text=True)
+    done = run("unzip", "-t", str(rank_file(convert(gqa, tmp_path / "m"), "mp_rank_00")))
     assert done.returncode == 0 and "No errors detected" in done.stdout, done.stdout
 
 
@@ -182,7 +137,7 @@ def segments(*contents: bytes | View) -> list[Segment]:
 
 
 def no_direct_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file system does not know O_DIRECT, as tmpfs."""
+    """Let the file system not know O_DIRECT, as tmpfs does not."""
 
     def refuse(descriptor: int, direct: bool) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
@@ -191,7 +146,7 @@ def no_direct_writes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def direct_writes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file system takes the flag, but no write that has it."""
+    """Let the file system take the flag, but no write that has it."""
     write = os.pwrite
 
     def refuse(descriptor: int, data: memoryview, offset: int) -> int:
@@ -203,7 +158,7 @@ def direct_writes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def short_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file system writes a page at a time."""
+    """Let the file system write a page at a time."""
     write = os.pwrite
     monkeypatch.setattr(
         direct_write.os, "pwrite", lambda descriptor, data, offset: write(descriptor, data[:4096], offset)
@@ -270,6 +225,15 @@ def test_a_source_that_fails_is_said_of_the_source(gqa: Path, tmp_path: Path, mo
         save_checkpoint(source, tmp_path / "out", format="torch")
     assert failure.value.filename == str(gqa / "model.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(bytes(4000))
+    view = Stored(File(path), 0, (1000,), "fp32")
+    os.truncate(path, 1000)
+    with pytest.raises(ValueError, match="ends at byte 1000, 3000 bytes too early"):
+        view.read(np.arange(1000))
 
 
 @settings(deadline=None)
@@ -345,17 +309,16 @@ def test_fp16_is_rounded_as_torch_rounds_it() -> None:
     assert bool(found[2].isnan())
 
 
+@pytest.mark.slow
 def test_plans_are_made_without_torch(gqa: Path, tmp_path: Path) -> None:
-    save_checkpoint(open_checkpoint(gqa), tmp_path / "torch", format="torch", layout=Layout(2, 2))
-    save_checkpoint(open_checkpoint(gqa), tmp_path / "dist", format="torch_dist")
     script = (
         "import sys; import prune_llama; prune_llama.main(sys.argv[1:]);"
         "print(sorted({'torch', 'transformers', 'megatron.core'} & set(sys.modules)))"
     )
-    for source in (gqa, tmp_path / "torch", tmp_path / "dist"):
+    shards = convert(gqa, tmp_path / "torch", tensor=2, pipeline=2)
+    for source in (gqa, shards, convert(gqa, tmp_path / "dist", format="torch_dist")):
         flags = ["--load", str(source), "--save", str(tmp_path / "out"), "--drop-layers", "1,2", "--plan-only"]
-        command = [sys.executable, "-c", script, *flags]
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        done = run(sys.executable, "-c", script, *flags)
         assert done.returncode == 0 and done.stdout.endswith("[]\n"), done.stdout + done.stderr
 
 
@@ -364,41 +327,3 @@ def test_manifests_are_the_same_whatever_the_order(tmp_path: Path) -> None:
     assert manifest_bytes(digests) == manifest_bytes(dict(reversed(digests.items())))
     (tmp_path / MANIFEST).write_bytes(manifest_bytes(digests))
     assert read_manifest(tmp_path / MANIFEST) == digests
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> streaming.Bench:
-    """The benchmark, with a model that takes no time."""
-    streaming.SIZES["tiny"] = streaming.llama(3, 64, 96, 4, 2), (48, 64, 2, 2)
-    return streaming.Bench("tiny", tmp_path_factory.mktemp("bench"), repeat=1, peers=True)
-
-
-@pytest.mark.parametrize("case", [case for case in streaming.CASES if case.peer], ids=lambda case: case.name)
-def test_what_the_benchmark_compares_with_does_the_same_work(bench: streaming.Bench, case: streaming.Case) -> None:
-    source, ours, theirs = bench.source(case.source), bench.top / "ours", bench.top / "theirs"
-    subprocess.run(case.command(source, ours, bench.remain), env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-    getattr(peers, str(case.peer))(source, ours, theirs)
-    if case.target == "hf":
-        wanted, found = tensors(theirs), tensors(ours)
-    else:
-        wanted, found = (peers.load_rank(path)["model"] for path in (theirs, ours))
-    assert wanted.keys() == found.keys() and len(wanted) > 10
-    for key, value in found.items():
-        assert torch.equal(value.view(torch.int16), wanted[key].view(torch.int16)), key
-    shutil.rmtree(ours)
-    shutil.rmtree(theirs)
-
-
-def test_the_benchmark_measures_and_tells(
-    bench: streaming.Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--size", "tiny", "--cases", "prune hf", "export torch to hf", "--repeat", "2", "--no-peers"]
-    streaming.main([*flags, "--work-dir", str(tmp_path), "--figure", str(tmp_path / "a.png")])
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split(" |")[0] for line in table[2:]] == ["| prune hf", "| export torch to hf"]
-    for line in table[2:]:
-        columns = [cell.strip() for cell in line.split("|")[2:-1]]
-        assert columns[-3:] == ["-", "-", "-"] and all(float(cell) > 0 for cell in columns[1:-3])
-        assert 5 < float(columns[7]) < 100  # MB, of which most is python and numpy
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
