@@ -61,8 +61,8 @@ from megatron.pruning.storage.views import BYTES
 LEAST_TOKENS = 32_768  # that scores must come from
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = new_parser("prune_llama.py", __doc__)
     add_checkpoint_flags(parser)
     target = parser.add_argument_group("what remains", "left out: unchanged; at least one change is needed")
@@ -123,7 +123,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_layout_flags(parser)
     add_megatron_flags(parser)
-    return parser.parse_args(hyphenated(argv))
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    return parser().parse_args(hyphenated(argv))
 
 
 def seed(text: str) -> int:

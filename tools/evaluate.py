@@ -34,8 +34,8 @@ from megatron.pruning.storage.views import TORCH_NAMES, cast, read_all
 from megatron.pruning.training.tokens import windows
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = new_parser("evaluate.py", __doc__)
     gpu = torch.cuda.is_available()
     parser.add_argument("--load", type=Path, action="append", required=True, metavar="DIR", help="may be repeated")
@@ -53,7 +53,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=tuple(TORCH_NAMES), default="bf16" if gpu else "fp32", help="to compute in")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default: a GPU when there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    return parser.parse_args(hyphenated(argv))
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    return parser().parse_args(hyphenated(argv))
 
 
 def build(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:

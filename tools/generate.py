@@ -14,13 +14,18 @@ from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = new_parser("generate.py", __doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint")
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="a prompt (default 64)")
-    return parser.parse_args(hyphenated(argv))
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    return parser().parse_args(hyphenated(argv))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -44,8 +44,8 @@ class Curves:
     validation: dict[int, float] = field(default_factory=dict)
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = new_parser("plot_loss.py", __doc__)
     parser.add_argument(
         "--run",
@@ -61,9 +61,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ylim", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the y axis")
     parser.add_argument("--title", default="", help="above the plot")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf")
-    args = parser.parse_args(hyphenated(argv))
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    flags = parser()
+    args = flags.parse_args(hyphenated(argv))
     if args.smooth < 1:
-        parser.error("--smooth must be at least 1")
+        flags.error("--smooth must be at least 1")
     return args
 
 

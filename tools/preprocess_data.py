@@ -100,8 +100,8 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{documents:,} documents, {tokens:,} tokens{skipped}: {', '.join(outputs)}.bin and .idx")
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = new_parser("preprocess_data.py", __doc__)
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -123,9 +123,15 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     tokens.add_argument("--merge-file", metavar="FILE", help="for GPT2BPETokenizer")
     tokens.add_argument("--vocab-size", type=int, metavar="N", help="for NullTokenizer and TikTokenizer")
     tokens.add_argument("--tiktoken-pattern", choices=["v1", "v2"], help="for TikTokenizer")
-    args = parser.parse_args(hyphenated(arguments))
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    flags = parser()
+    args = flags.parse_args(hyphenated(arguments))
     if args.workers < 1:
-        parser.error("--workers must be at least 1")
+        flags.error("--workers must be at least 1")
     return args
 
 

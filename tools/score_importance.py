@@ -44,8 +44,8 @@ SAVE_SECONDS = 30.0  # about so much work is lost by an interruption
 LONGEST = 4096  # tokens of a sequence, unless asked for
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = new_parser("score_importance.py", __doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="Hugging Face or Megatron")
     parser.add_argument("--iteration", type=int, metavar="N", help="of a Megatron source (default: the latest)")
@@ -74,7 +74,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="T", help="(default 1)")
     parser.add_argument("--pipeline-model-parallel-size", type=positive, default=1, metavar="P", help="(default 1)")
     parser.add_argument("--dtype", choices=tuple(TORCH_NAMES), help="to compute in (default: bf16 on GPUs, else fp32)")
-    return parser.parse_args(hyphenated(argv))
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    return parser().parse_args(hyphenated(argv))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -29,15 +29,20 @@ from megatron.pruning.storage.progress import Progress
 from megatron.pruning.storage.views import View, blocks, cast
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = new_parser("show_checkpoint.py", __doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of any format")
     parser.add_argument("--iteration", type=int, metavar="N", help="of a Megatron checkpoint (default: the latest)")
     parser.add_argument("--weights", action="store_true", help="list every logical weight: shape, dtype, L2 norm")
     parser.add_argument("--verify", action="store_true", help=f"check all files against {MANIFEST}")
     parser.add_argument("--digest", action="store_true", help="print the digest of all logical weights")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    return parser().parse_args(argv)
 
 
 def describe(checkpoint: Checkpoint) -> str:

@@ -31,12 +31,17 @@ from megatron.pruning.storage.output import check_target
 from megatron.pruning.storage.processes import World
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = new_parser("convert.py", __doc__)
     add_checkpoint_flags(parser)
     add_layout_flags(parser)
-    return parser.parse_args(hyphenated(argv))
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    return parser().parse_args(hyphenated(argv))
 
 
 def main(argv: Sequence[str]) -> None:
