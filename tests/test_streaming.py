@@ -393,12 +393,15 @@ def test_the_benchmark_measures_and_tells(
     bench: streaming.Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--size", "tiny", "--cases", "prune hf", "export torch to hf", "--repeat", "2", "--no-peers"]
-    streaming.main([*flags, "--work-dir", str(tmp_path), "--figure", str(tmp_path / "a.png")])
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split(" |")[0] for line in table[2:]] == ["| prune hf", "| export torch to hf"]
-    for line in table[2:]:
-        columns = [cell.strip() for cell in line.split("|")[2:-1]]
-        assert columns[-3:] == ["-", "-", "-"] and all(float(cell) > 0 for cell in columns[1:-3])
-        assert 5 < float(columns[7]) < 100  # MB, of which most is python and numpy
+    files = ["--figure", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]
+    streaming.main([*flags, "--work-dir", str(tmp_path), *files])
+    shown = capsys.readouterr().out.splitlines()[1:]
+    cases = json.loads((tmp_path / "a.json").read_text())["cases"]
+    assert list(cases) == ["prune hf", "export torch to hf"]
+    for line, (name, found) in zip(shown, cases.items(), strict=True):
+        assert line.startswith(name) and line.split()[-3:] == ["-", "-", "-"]  # nothing was done by hand
+        assert found.pop("rounds") == 2 and all(value > 0 for value in found.values())
+        assert [*found, "by_hand_seconds", "times_faster", "by_hand_megabytes"] == list(streaming.FIGURES)
+        assert 5 < found["anonymous_megabytes"] < 100  # of which most is python and numpy
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png"]
