@@ -4,7 +4,7 @@
     python benchmarks/streaming.py --figure assets/streaming.png
 
     # Llama-2 7B, about 42 GB of disk; some operations only
-    python benchmarks/streaming.py --size 7b --cases "prune hf" "reshard torch"
+    python benchmarks/streaming.py --size 7b --cases "prune hf" "reshard torch tp1 to tp4"
 
     # 70B, of which 8 layers remain, from a sparse file that holds no bytes: what it says is the memory, not the speed
     python benchmarks/streaming.py --size 70b
