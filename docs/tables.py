@@ -36,14 +36,17 @@ def is_chinese() -> bool:
     return "zh" in Path(cog.inFile).parts
 
 
-def said(text: str) -> str:
-    """Return `text` in the language of the page. Raises ValueError where docs/zh/words.json has no Chinese for it."""
-    if not is_chinese() or not re.search("[A-Za-z]", text):
-        return text
-    words: Mapping[str, str] = _read(OTHER_WORDS)
-    if text not in words:
-        raise ValueError(f"{OTHER_WORDS} has no Chinese for {text!r}: add it")
-    return words[text]
+def said(text: str, *values: object) -> str:
+    """Return `text` in the language of the page, with `values` in the places of its {}.
+
+    Raises ValueError where docs/zh/words.json has no Chinese for it.
+    """
+    if text and is_chinese():
+        words: Mapping[str, str] = _read(OTHER_WORDS)
+        if text not in words:
+            raise ValueError(f"{OTHER_WORDS} has no Chinese for {text!r}: add it")
+        text = words[text]
+    return text.format(*values)
 
 
 def _read(file: Path) -> Any:
@@ -57,7 +60,6 @@ def show(rows: Sequence[Sequence[str]]) -> None:
     print("|---" * len(first) + "|")
     for row in others:
         print(f"| {' | '.join(row)} |")
-    print()
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -79,6 +81,7 @@ def flags(script: str) -> None:
             text = translated.get(_name(action), english).replace("|", "\\|")
             rows.append((f"`{_form(action)}`", re.sub(r"--[a-z][a-z-]*[a-z]", r"`\g<0>`", text)))
         show(rows)
+    print()
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:
@@ -149,12 +152,13 @@ def criteria() -> None:
     """Print the table of benchmarks/criteria.py."""
     found = _read(RESULTS / "criteria.json")
     steps = list(next(iter(found["arms"].values()))["loss"])
-    marks = [said("right after") if step == "0" else f"{step} {said('steps')}" for step in steps]
+    marks = [said("right after") if step == "0" else said("{} steps", step) for step in steps]
     rows = [["", *marks, said("learning rate")]]
     for name, arm in found["arms"].items():
         rows.append([said(name), *(_spread(arm["loss"][step]) for step in steps), f"{arm['learning_rate']:g}"])
     show(rows)
-    _caption(said(found["machine"]), _seeds(found), f"{said('parent')} {found['parent']:.3f}")
+    _caption(said(found["machine"]), _seeds(found), said("parent {}", f"{found['parent']:.3f}"))
+    print()
 
 
 def recovery() -> None:
@@ -165,10 +169,11 @@ def recovery() -> None:
     rows = [[said("tokens"), *counts, said("learning rate"), said("worth from scratch")]]
     for name, arm in found["arms"].items():
         cells = [_spread(arm["loss"][str(tokens)]) if str(tokens) in arm["loss"] else "" for tokens in marks]
-        worth = f"{said(arm['worth']['is'])} {arm['worth']['tokens'] / 1e6:.1f}M" if "worth" in arm else ""
+        worth = said(f"{arm['worth']['is']} {{}}", f"{arm['worth']['tokens'] / 1e6:.1f}M") if "worth" in arm else ""
         rows.append([said(name), *cells, f"{arm['learning_rate']:g}", worth])
     show(rows)
-    _caption(said(found["machine"]), _seeds(found), f"{found['step_tokens']:,} {said('tokens a step')}")
+    _caption(said(found["machine"]), _seeds(found), said("{} tokens a step", f"{found['step_tokens']:,}"))
+    print()
 
 
 def above_the_parent() -> None:
@@ -189,6 +194,7 @@ def above_the_parent() -> None:
     sizes = " -> ".join(f"{found['parameters'][name] / 1e6:.1f}M" for name in ("parent", "pruned"))
     rows.append([sizes, f"{tokens / 1e6:.1f}M", f"{parent:.3f}", f"{loss:.3f}", f"{loss - parent:.2f}"])
     show(rows)
+    print()
 
 
 def reference() -> None:
@@ -200,6 +206,7 @@ def reference() -> None:
         losses = (f"{run['loss'][str(tokens)]:.3f}" if str(tokens) in run["loss"] else "" for tokens in marks)
         rows.append([name, *losses, f"{run['parent']:.2f}"])
     show(rows)
+    print()
 
 
 # Name in the results of benchmarks/streaming.py -> heading and format.
@@ -225,12 +232,13 @@ def streaming(model: str, *figures: str) -> None:
         rows.append([said(case), *cells])
     show(rows)
     _caption(said(found["machine"]), said("medians over the rounds"))
+    print()
 
 
 def training(*models: str) -> None:
     """Print the speeds of benchmarks/training.py, the models side by side."""
     found = [_read(RESULTS / f"training-{model}.json") for model in models]
-    headings = [text for model in models for text in (f"{model}, {said('tokens a second')}", said("to the Trainer"))]
+    headings = [text for model in models for text in (said("{}, tokens a second", model), said("to the Trainer"))]
     rows = [["", *headings]]
     for arm in found[0]["arms"]:
         cells = [result["arms"][arm] for result in found]
@@ -239,9 +247,10 @@ def training(*models: str) -> None:
         )
     show(rows)
     for result in found:
-        batch = f"{result['global_batch_size']} x {result['sequence_length']} {said('tokens a step')}"
-        rounds = f"{result['rounds']} {said('rounds')}"
+        batch = said("{} tokens a step", f"{result['global_batch_size']} x {result['sequence_length']}")
+        rounds = said("{} rounds", result["rounds"])
         _caption(result["model"], said(result["machine"]), result["dtype"], rounds, batch)
+    print()
 
 
 def _spread(found: Mapping[str, float]) -> str:
@@ -249,9 +258,9 @@ def _spread(found: Mapping[str, float]) -> str:
 
 
 def _seeds(found: Mapping[str, Any]) -> str:
-    return f"{found['seeds']} {said('seeds, mean ± standard deviation')}"
+    return said("{} seeds, mean ± standard deviation", found["seeds"])
 
 
 def _caption(*facts: str) -> None:
     """Print under a table what was measured on, and how."""
-    print(f"({', '.join(facts)})\n")
+    print("\n" + said("({})", said(", ").join(facts)))
