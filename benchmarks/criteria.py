@@ -4,14 +4,32 @@
 
 Width: hidden 160 -> 128 and ffn 384 -> 256 in all 8 layers. Depth: 6 of the 8 layers. Every arm is trained on by
 scripts/check_model.sh with three seeds (of the order of the data, and of the random choice); its learning rate is the
-best of four in a shorter run of its own. Prints the tables for the READMEs, and draws assets/criteria.png.
+best of four in a shorter run of its own. Prints a table, writes benchmarks/results/criteria.json, from which
+docs/tables.py makes the table of docs/en/choose.md, and draws assets/criteria.png.
+
+The results are JSON: `benchmark`, `machine`, `seeds` (their number), `step_tokens`, `parent` (its validation loss in
+nats), and `arms`, from the name of an arm to its `learning_rate` and its `loss` after each number of steps: a `mean`
+and, where the seeds differ, a `deviation`.
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
-from experiment import BATCH, PARENT, ROOT, SEQUENCE, Experiment, Run, mean_and_spread
+from experiment import (
+    BATCH,
+    PARENT,
+    RESULTS,
+    ROOT,
+    SEQUENCE,
+    Experiment,
+    Run,
+    machine,
+    show,
+    spread,
+    spread_text,
+    write_results,
+)
 
 WIDTH = ("--hidden-size-remain", 128, "--ffn-hidden-size-remain", 256)
 DEPTH = ("--num-layers-remain", 6)
@@ -38,6 +56,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a core each (default 2)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED")
     parser.add_argument("--figure", type=Path, default=ROOT / "assets" / "criteria.png", metavar="PNG")
+    parser.add_argument("--json", type=Path, default=RESULTS / "criteria.json", metavar="FILE")
     args = parser.parse_args()
     experiment = Experiment(args.work_dir.resolve(), args.jobs)
     scores = experiment.scores()
@@ -68,10 +87,15 @@ def main() -> None:
         at_once = [experiment.evaluate(f"{runs[arm, s].start.name}@0", runs[arm, s].start) for s in args.seeds]
         table[arm] = [at_once, *([losses[runs[arm, s].name][mark] for s in args.seeds] for mark in MARKS)]
     print(f"\nparent: {parent:.3f}; {len(args.seeds)} seeds, mean ± standard deviation\n")
-    print("| | right after | " + " | ".join(f"{mark} steps" for mark in MARKS) + " | learning rate |")
-    print("|---|" + "---|" * (len(MARKS) + 2))
-    for arm, rows in table.items():
-        print(f"| {arm} | " + " | ".join(map(mean_and_spread, rows)) + f" | {best[arm]:g} |")
+    found = {arm: [spread(row) for row in rows] for arm, rows in table.items()}
+    heading = ("", "right after", *(f"{mark} steps" for mark in MARKS), "learning rate")
+    show([heading, *((arm, *map(spread_text, row), f"{best[arm]:g}") for arm, row in found.items())])
+    arms = {
+        arm: {"learning_rate": best[arm], "loss": dict(zip(map(str, (0, *MARKS)), row, strict=True))}
+        for arm, row in found.items()
+    }
+    facts = {"benchmark": "criteria", "machine": machine(), "seeds": len(args.seeds), "step_tokens": SEQUENCE * BATCH}
+    write_results(args.json, {**facts, "parent": parent, "arms": arms})
     draw(table, parent, args.figure)
     print(f"\nfigure: {args.figure}")
 

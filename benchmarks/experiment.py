@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).with_name("results")
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 PARENT = ROOT / "assets" / "tiny-llama"
@@ -212,8 +213,35 @@ def command(program: str, *words: object) -> None:
         raise SystemExit(f"error: {program} failed:\n{done.stderr[-2000:]}")
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Return the mean and the sample standard deviation."""
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the `mean` and, of values that differ, the sample standard `deviation`, as the results hold them."""
+    if len(set(values)) == 1:
+        return {"mean": float(values[0])}
+    return {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
+
+
+def spread_text(found: Mapping[str, float]) -> str:
+    """Return what `spread` gives as a cell of a table."""
+    return f"{found['mean']:.3f}" + (f" ± {found['deviation']:.3f}" if "deviation" in found else "")
+
+
+def machine() -> str:
+    """Return the machine's name in the results."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
+
+
+def show(rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, the first row its heading."""
+    from megatron.pruning.plan.report import table
+
+    print(table(rows))
+
+
+def write_results(file: Path, results: Mapping[str, object]) -> None:
+    """Write the results of a benchmark as JSON."""
+    from megatron.pruning.storage.small_files import as_json, write_durably
+
+    write_durably(file, as_json(results))
+    print(f"results: {file}")

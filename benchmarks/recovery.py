@@ -7,19 +7,29 @@ A parent is trained from random weights. It is pruned to about half, by random a
 with the language-model loss and with distillation from the parent, each on a tenth of the tokens that the parent was
 trained on. The small shape starts from random weights, too, and gets all of them. Three seeds; the learning rate of
 each arm is tuned in shorter runs of its own, by factors of two until both neighbours of the best are worse (the parent
-takes that of the small shape). Prints the table for the READMEs, with how many tokens from scratch each arm is worth,
-and draws assets/loss.png and assets/loss_vs_scratch.png. With --parent, that checkpoint of the family's shape is pruned
-instead; the tokens are the family's.
+takes that of the small shape). Prints a table, with how many tokens from scratch each arm is worth, writes
+benchmarks/results/recovery-FAMILY.json, from which docs/tables.py makes the table of docs/en/recover.md, and draws
+assets/loss.png and assets/loss_vs_scratch.png. With --parent, that checkpoint of the family's shape is pruned instead;
+the tokens are the family's.
+
+The results are JSON: `benchmark`, `family`, `machine`, `seeds` (their number), `step_tokens`, `parameters` of the
+parent and of the pruned model, `parent` (its validation loss in nats), and `arms`, from the name of an arm to its
+`learning_rate`, its `loss` after each number of tokens (a `mean` and, of several seeds, a `deviation`), and what it is
+`worth`: the `tokens` with which the small shape comes to the same loss from a random start, and whether it is `about`
+so many, `more than` all that were tried, or `less than` the fewest.
 """
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from experiment import ROOT, Experiment, Run, mean_and_spread
+from experiment import RESULTS, ROOT, Experiment, Run, machine, show, spread, spread_text, write_results
+
+from megatron.pruning.formats import open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED")
     parser.add_argument("--scale", type=float, default=1.0, help="of all token counts; below 1 only shows that it runs")
     parser.add_argument("--figures", type=Path, default=ROOT / "assets", metavar="DIR")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where the results are written (default: benchmarks/results/recovery-FAMILY.json; with --parent or "
+        "--scale: nowhere)",
+    )
     args = parser.parse_args()
     if args.family != "tiny" and args.text is None:
         parser.error(f"--family {args.family} needs --text: the embedded model's has 3 million tokens")
@@ -96,7 +113,16 @@ def main() -> None:
         for step, loss in by_step.items():
             curves.setdefault(arm, {}).setdefault(step * plan.step_tokens, []).append(loss)
     parent = experiment.evaluate("parent", experiment.parent)
-    report(curves, rates, parent)
+    arms = summary(curves, rates)
+    print(f"\nparent: {parent:.3f}; mean ± standard deviation over seeds\n")
+    show(rows(arms))
+    file = args.json or (RESULTS / f"recovery-{args.family}.json" if args.parent is None and args.scale == 1 else None)
+    if file is not None:
+        sizes = {"parent": open_checkpoint(experiment.parent), "pruned": open_checkpoint(plan.start(PRUNED[0], first))}
+        parameters = {name: checkpoint.config.parameters for name, checkpoint in sizes.items()}
+        facts = {"benchmark": "recovery", "family": args.family, "machine": machine(), "seeds": len(args.seeds)}
+        facts |= {"step_tokens": plan.step_tokens, "parameters": parameters, "parent": parent}
+        write_results(file, {**facts, "arms": arms})
     draw(curves, parent, args.figures)
 
 
@@ -166,24 +192,37 @@ def tune(experiment: Experiment, arms: Sequence[str], run: Callable[[str, float]
     return best
 
 
-def worth(loss: float, scratch: dict[int, list[float]]) -> str:
+def worth(loss: float, scratch: dict[int, list[float]]) -> dict[str, str | int]:
     """Return how many tokens from scratch give this loss, by linear interpolation between the marks."""
     tokens, values = list(scratch), np.minimum.accumulate([float(np.mean(row)) for row in scratch.values()])
     if not values[-1] <= loss <= values[0]:
-        return f"more than {tokens[-1] / 1e6:.1f}M" if loss < values[-1] else f"less than {tokens[0] / 1e6:.1f}M"
-    return f"{np.interp(-loss, -values, tokens) / 1e6:.1f}M"
+        more = loss < values[-1]
+        return {"is": "more than" if more else "less than", "tokens": tokens[-1 if more else 0]}
+    return {"is": "about", "tokens": round(float(np.interp(-loss, -values, tokens)))}
 
 
-def report(curves: dict[str, dict[int, list[float]]], rates: dict[str, float], parent: float) -> None:
-    """Print one row for each arm, one column for each mark."""
-    marks = sorted({tokens for losses in curves.values() for tokens in losses})
-    print(f"\nparent: {parent:.3f}; mean ± standard deviation over seeds\n")
-    print("| | " + " | ".join(f"{tokens / 1e6:.2f}M" for tokens in marks) + " | learning rate | worth from scratch |")
-    print("|---" * (len(marks) + 3) + "|")
+def summary(curves: dict[str, dict[int, list[float]]], rates: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Return the arms as the results hold them."""
+    arms: dict[str, dict[str, Any]] = {}
     for arm, losses in curves.items():
-        cells = [mean_and_spread(losses[tokens]) if tokens in losses else "" for tokens in marks]
-        equal = "" if arm in (SCRATCH, PARENT) else worth(float(np.mean(list(losses.values())[-1])), curves[SCRATCH])
-        print(f"| {arm} | " + " | ".join([*cells, f"{rates[arm]:g}", equal]) + " |")
+        by_tokens = {str(tokens): spread(values) for tokens, values in losses.items()}
+        arms[arm] = {"learning_rate": rates[arm], "loss": by_tokens}
+        if arm not in (SCRATCH, PARENT):
+            arms[arm]["worth"] = worth(float(np.mean(list(losses.values())[-1])), curves[SCRATCH])
+    return arms
+
+
+def rows(arms: Mapping[str, Mapping[str, Any]]) -> list[Sequence[str]]:
+    """Return a table for the terminal: one row for each arm, one column for each mark."""
+    marks = sorted({int(tokens) for arm in arms.values() for tokens in arm["loss"]})
+    shown: list[Sequence[str]] = [
+        ("", *(f"{tokens / 1e6:.2f}M" for tokens in marks), "learning rate", "worth from scratch")
+    ]
+    for name, arm in arms.items():
+        cells = [spread_text(arm["loss"][str(tokens)]) if str(tokens) in arm["loss"] else "" for tokens in marks]
+        equal = f"{arm['worth']['is']} {arm['worth']['tokens'] / 1e6:.1f}M" if "worth" in arm else ""
+        shown.append((name, *cells, f"{arm['learning_rate']:g}", equal))
+    return shown
 
 
 def draw(curves: dict[str, dict[int, list[float]]], parent: float, folder: Path) -> None:

@@ -1,10 +1,10 @@
 """What moving a checkpoint costs: each operation against `cp` of its output, and against the obvious way.
 
-    # 1.1B, about 7 GB of disk: a table on stdout, and the picture that the README shows
+    # 1.1B, about 7 GB of disk: a table, the results, and the picture of docs/en/performance.md
     python benchmarks/streaming.py --figure assets/streaming.png
 
     # Llama-2 7B, about 42 GB of disk; some operations only
-    python benchmarks/streaming.py --size 7b --cases "prune hf" "reshard torch"
+    python benchmarks/streaming.py --size 7b --cases "prune hf" "reshard torch tp1 to tp4"
 
     # 70B, of which 8 layers remain, from a sparse file that holds no bytes: what it says is the memory, not the speed
     python benchmarks/streaming.py --size 70b
@@ -14,11 +14,12 @@ before `cp -r` of its own output, plain and with an fsync of every file, and the
 from a warm page cache; what is shown are medians over the rounds, of times and of ratios within a round. Our times hold
 the start of Python and the fsync of every file. Peak anonymous memory is sampled from /proc, child processes included:
 the pages of mapped files, which the kernel may drop, are not counted.
+
+The results are JSON: `benchmark`, `model` (a --size), `machine`, and `cases`, from the name of a case to its figures by
+the names of FIGURES and the number of `rounds`. A figure that was not measured is left out.
 """
 
 import argparse
-import dataclasses
-import json
 import os
 import shutil
 import statistics
@@ -35,12 +36,14 @@ import numpy as np
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.hf_config import config_to_hf
 from megatron.pruning.model.weights import all_weights, weight_shape
+from megatron.pruning.plan.report import table
 from megatron.pruning.storage.safetensors_file import SafetensorsFile
-from megatron.pruning.storage.small_files import as_json
+from megatron.pruning.storage.small_files import as_json, write_durably
 from megatron.pruning.storage.views import Bits, Index, View
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).with_name("peers.py")
+RESULTS = Path(__file__).with_name("results")
 PRUNE, CONVERT = str(ROOT / "prune_llama.py"), str(ROOT / "tools/checkpoint_conversion/convert.py")
 
 
@@ -256,29 +259,40 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True)) if theirs else None
 
 
-COLUMNS: Sequence[tuple[str, str, Callable[[Result], float | None]]] = (
-    ("output GB", ".1f", lambda r: r.gigabytes),
-    ("s", ".2f", lambda r: statistics.median(c.wall for c in r.ours)),
-    ("processor s", ".2f", lambda r: statistics.median(c.cpu for c in r.ours)),
-    ("cp s", ".2f", lambda r: statistics.median(r.copy) if r.copy else None),
-    ("cp + fsync s", ".2f", lambda r: statistics.median(r.durable_copy) if r.durable_copy else None),
-    ("of cp", ".2f", lambda r: ratio([c.wall for c in r.ours], r.copy)),
-    ("of cp + fsync", ".2f", lambda r: ratio([c.wall for c in r.ours], r.durable_copy)),
-    ("anonymous MB", ".0f", lambda r: max(c.anonymous for c in r.ours)),
-    ("by hand s", ".1f", lambda r: statistics.median(c.wall for c in r.peer) if r.peer else None),
-    ("times faster", ".1f", lambda r: ratio([c.wall for c in r.peer], [c.wall for c in r.ours]) if r.peer else None),
-    ("by hand MB", ".0f", lambda r: max(c.anonymous for c in r.peer) if r.peer else None),
-)
+# Name in the results -> heading on the terminal, format, and how it is computed; None where it was not measured.
+FIGURES: dict[str, tuple[str, str, Callable[[Result], float | None]]] = {
+    "output_gigabytes": ("output GB", ".1f", lambda r: r.gigabytes),
+    "seconds": ("s", ".2f", lambda r: statistics.median(c.wall for c in r.ours)),
+    "processor_seconds": ("processor s", ".2f", lambda r: statistics.median(c.cpu for c in r.ours)),
+    "copy_seconds": ("cp s", ".2f", lambda r: statistics.median(r.copy) if r.copy else None),
+    "durable_copy_seconds": (
+        "cp + fsync s", ".2f", lambda r: statistics.median(r.durable_copy) if r.durable_copy else None,
+    ),
+    "of_copy": ("of cp", ".2f", lambda r: ratio([c.wall for c in r.ours], r.copy)),
+    "of_durable_copy": ("of cp + fsync", ".2f", lambda r: ratio([c.wall for c in r.ours], r.durable_copy)),
+    "anonymous_megabytes": ("anonymous MB", ".0f", lambda r: max(c.anonymous for c in r.ours)),
+    "by_hand_seconds": ("by hand s", ".1f", lambda r: statistics.median(c.wall for c in r.peer) if r.peer else None),
+    "times_faster": (
+        "times faster", ".1f", lambda r: ratio([c.wall for c in r.peer], [c.wall for c in r.ours]) if r.peer else None,
+    ),
+    "by_hand_megabytes": ("by hand MB", ".0f", lambda r: max(c.anonymous for c in r.peer) if r.peer else None),
+}  # fmt: skip
 
 
-def table(results: Sequence[Result]) -> str:
-    """Return the results as a Markdown table."""
-    lines = ["| | " + " | ".join(name for name, _, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+def figures(result: Result) -> dict[str, float]:
+    """Return the figures of a case that were measured, by name."""
+    found = {name: value(result) for name, (_, _, value) in FIGURES.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def rows(results: Sequence[Result]) -> list[Sequence[str]]:
+    """Return a table for the terminal: a heading, and a row for each case."""
+    shown: list[Sequence[str]] = [("", *(heading for heading, _, _ in FIGURES.values()))]
     for result in results:
-        values = [(form, value(result)) for _, form, value in COLUMNS]
-        cells = ["-" if value is None else format(value, form) for form, value in values]
-        lines.append(f"| {result.case.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        found = figures(result)
+        cells = [format(found[name], form) if name in found else "-" for name, (_, form, _) in FIGURES.items()]
+        shown.append((result.case.name, *cells))
+    return shown
 
 
 def draw(results: Sequence[Result], title: str, path: Path) -> None:
@@ -314,7 +328,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--no-peers", action="store_true", help="leave out the ways by hand")
     parser.add_argument("--work-dir", type=Path, help="where the checkpoints lie meanwhile (default: the system's)")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="write a picture")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where the results are written (default: benchmarks/results/streaming-SIZE.json; with --cases: nowhere)",
+    )
     args = parser.parse_args(argv)
     cases = [case for case in CASES if case.name in (args.cases or [case.name])]
     if args.work_dir is not None:
@@ -326,10 +345,14 @@ def main(argv: Sequence[str]) -> None:
             cases = [case for case in cases if (case.source, case.name[:5]) == ("hf", "prune")]
         for case in cases:
             results.append(bench.run_sparse(case) if bench.sparse else bench.run(case))
-            print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    print(table(results))
-    if args.json is not None:
-        args.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
+            print("  ".join(rows(results[-1:])[-1]), file=sys.stderr, flush=True)
+    print(table(rows(results)))
+    file = args.json or (None if args.cases else RESULTS / f"streaming-{args.size}.json")
+    if file is not None:
+        measured = {r.case.name: {"rounds": len(r.ours), **figures(r)} for r in results}
+        machine = f"{len(os.sched_getaffinity(0))} CPU cores"
+        whole = {"benchmark": "streaming", "model": args.size, "machine": machine, "cases": measured}
+        write_durably(file, as_json(whole))
     if args.figure is not None:
         draw(results, f"{args.size.upper()} bf16, {os.cpu_count()} cores", args.figure)
 

@@ -8,6 +8,10 @@ Three arms, each in a process of its own, one after the other and that as many t
 with torch's attention, the same loop with Megatron's unfused attention, and the Trainer. A round's figure is the median
 time of its steps after the first few; the table has the median over rounds, and ratios to the Trainer within a round.
 On a GPU it also has the share of the device's peak that the model's own operations are (`model_flops`), and memory.
+
+The results are JSON: `benchmark`, `model`, `machine`, `dtype`, `rounds`, `sequence_length` (tokens), `micro_batch_size`
+and `global_batch_size` (sequences), and `arms`, from the name of an arm to its `tokens_per_second`, its ratio
+`to_the_trainer`, and on a GPU its `utilisation` (a share, of a device whose peak is known) and `memory_gigabytes`.
 """
 
 import argparse
@@ -35,9 +39,12 @@ from transformers import (
 
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.plan.report import table
+from megatron.pruning.storage.small_files import as_json, write_durably
 from megatron.pruning.training.quiet import quiet_imports
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_name("results")
 WARM_UP = 3  # steps that are not timed
 # Dense bf16 peaks in floating point operations per second, without sparsity (NVIDIA's data sheets).
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -75,6 +82,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--global-batch-size", type=int, default=16, help="sequences a step")
     parser.add_argument("--steps", type=int, default=10, help=f"of an arm in a round, the first {WARM_UP} not timed")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where the results are written (default: benchmarks/results/training-MODEL.json)",
+    )
     parser.add_argument("--trainer", type=Path, help=argparse.SUPPRESS)  # be the Trainer's arm, in this folder
     return parser.parse_args()
 
@@ -117,7 +130,7 @@ def stock_loop(args: argparse.Namespace, folder: Path, flags: str) -> tuple[list
 
 def trainer(args: argparse.Namespace, folder: Path) -> tuple[list[float], float]:
     """The same of transformers' Trainer, which another process of this script is."""
-    given = {name: value for name, value in vars(args).items() if name != "trainer"} | {"trainer": folder}
+    given = {name: value for name, value in vars(args).items() if name not in ("trainer", "json")} | {"trainer": folder}
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     times, memory = json.loads(output([sys.executable, __file__, *words]).splitlines()[-1])
     return times, memory
@@ -209,17 +222,37 @@ def main() -> None:
             for arm, flags in ARMS.items():
                 times, memory[arm] = trainer(args, folder) if flags is None else stock_loop(args, folder, flags)
                 speeds[arm].append(tokens / statistics.median(times[WARM_UP:]))
-    print(
-        f"{Path(args.model).name}, {args.sequence_length} tokens x {args.global_batch_size} a step, {gpu or 'CPU'}, ",
-        end="",
-    )
-    print(f"{'bf16' if gpu else 'fp32'}, {args.rounds} rounds\n")
-    print("| | tokens/s | to the Trainer | model FLOP utilisation | memory |\n|---|---|---|---|---|")
+    arms: dict[str, dict[str, float]] = {}
     for arm, found in speeds.items():
-        ratio = statistics.median(a / b for a, b in zip(found, speeds["transformers Trainer"], strict=True))
-        speed = statistics.median(found)
-        used = f"{flops * speed / tokens / peak:.0%}" if peak else "-"
-        print(f"| {arm} | {speed:,.0f} | {ratio:.2f} | {used} | {f'{memory[arm]:.1f} GB' if gpu else '-'} |")
+        ratios = [a / b for a, b in zip(found, speeds["transformers Trainer"], strict=True)]
+        arms[arm] = {"tokens_per_second": statistics.median(found), "to_the_trainer": statistics.median(ratios)}
+        if peak:
+            arms[arm]["utilisation"] = flops * arms[arm]["tokens_per_second"] / tokens / peak
+        if gpu:
+            arms[arm]["memory_gigabytes"] = memory[arm]
+    show(arms)
+    name = Path(args.model).name
+    settings = ("rounds", "sequence_length", "micro_batch_size", "global_batch_size")
+    results = {
+        "benchmark": "training",
+        "model": name,
+        "machine": gpu or f"{len(os.sched_getaffinity(0))} CPU cores",
+        "dtype": "bf16" if gpu else "fp32",
+        **{setting: getattr(args, setting) for setting in settings},
+        "arms": arms,
+    }
+    file = args.json or RESULTS / f"training-{name}.json"
+    write_durably(file, as_json(results))
+    print(f"results: {file}")
+
+
+def show(arms: dict[str, dict[str, float]]) -> None:
+    """Print the arms as a table."""
+    columns = {"tokens_per_second": ",.0f", "to_the_trainer": ".2f", "utilisation": ".0%", "memory_gigabytes": ".1f"}
+    rows = [["", "tokens/s", "to the Trainer", "model FLOP utilisation", "memory GB"]]
+    for arm, found in arms.items():
+        rows.append([arm, *(format(found[name], form) if name in found else "-" for name, form in columns.items())])
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -40,21 +40,34 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser("evaluate.py", __doc__)
     gpu = torch.cuda.is_available()
-    parser.add_argument("--load", type=Path, action="append", required=True, metavar="DIR", help="may be repeated")
+    parser.add_argument(
+        "--load", type=Path, action="append", required=True, metavar="DIR", help="checkpoint; may be repeated"
+    )
     parser.add_argument(
         "--data", type=Path, metavar="PREFIX", help="text to take the loss of: PREFIX.bin and .idx, or a .jsonl"
     )
-    parser.add_argument("--tasks", type=lambda text: text.split(","), metavar="NAMES", help="separated by commas")
-    parser.add_argument("--task-folder", type=Path, metavar="DIR", help="with tasks of your own, as YAML")
-    parser.add_argument("--limit", type=positive, metavar="N", help="of each task, its first N documents only")
-    parser.add_argument("--sequence-length", type=positive, default=512, help="tokens a window (default 512)")
     parser.add_argument(
-        "--max-tokens", type=positive, default=200_000, help="of the data, from its start (default 200,000)"
+        "--tasks", type=lambda text: text.split(","), metavar="NAMES", help="tasks, separated by commas"
     )
-    parser.add_argument("--batch-size", type=positive, default=8, help="windows at a time (default 8)")
-    parser.add_argument("--dtype", choices=tuple(TORCH_NAMES), default="bf16" if gpu else "fp32", help="to compute in")
-    parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default: a GPU when there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument("--task-folder", type=Path, metavar="DIR", help="folder of tasks of your own, as YAML")
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="documents of each task, the first N (default: all)"
+    )
+    parser.add_argument("--sequence-length", type=positive, default=512, help="tokens of a window (default 512)")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=200_000, help="tokens of the data, from its start (default 200,000)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, help="windows that are computed at once (default 8)")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(TORCH_NAMES),
+        default="bf16" if gpu else "fp32",
+        help="dtype to compute in (default: bf16 on a GPU, else fp32)",
+    )
+    parser.add_argument(
+        "--device", default="cuda" if gpu else "cpu", help="device to compute on (default: a GPU when there is one)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the results to, too")
     return parser
 
 

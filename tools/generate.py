@@ -18,8 +18,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser("generate.py", __doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint")
-    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="a prompt (default 64)")
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to add to each prompt (default 64)")
     return parser
 
 

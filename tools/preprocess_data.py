@@ -117,12 +117,12 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--skip-bad-lines", action="store_true", help="report and skip what cannot be read")
     data.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that tokenize (default: 1)")
     tokens = parser.add_argument_group("tokenizer, as Megatron's training names it")
-    tokens.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
+    tokens.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES, help="kind of tokenizer")
     tokens.add_argument("--tokenizer-model", metavar="PATH", help="a file or a folder, whichever the type wants")
-    tokens.add_argument("--vocab-file", metavar="FILE", help="for GPT2BPETokenizer")
-    tokens.add_argument("--merge-file", metavar="FILE", help="for GPT2BPETokenizer")
-    tokens.add_argument("--vocab-size", type=int, metavar="N", help="for NullTokenizer and TikTokenizer")
-    tokens.add_argument("--tiktoken-pattern", choices=["v1", "v2"], help="for TikTokenizer")
+    tokens.add_argument("--vocab-file", metavar="FILE", help="file of GPT2BPETokenizer")
+    tokens.add_argument("--merge-file", metavar="FILE", help="file of GPT2BPETokenizer")
+    tokens.add_argument("--vocab-size", type=int, metavar="N", help="vocabulary of NullTokenizer and TikTokenizer")
+    tokens.add_argument("--tiktoken-pattern", choices=["v1", "v2"], help="pattern of TikTokenizer")
     return parser
 
 

@@ -49,22 +49,27 @@ LONGEST = 4096  # tokens of a sequence, unless asked for
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser("score_importance.py", __doc__)
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="Hugging Face or Megatron")
-    parser.add_argument("--iteration", type=int, metavar="N", help="of a Megatron source (default: the latest)")
+    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="checkpoint of any format")
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="PREFIX", help="PREFIX.bin and .idx, or a .jsonl file"
+        "--iteration", type=int, metavar="N", help="iteration of a Megatron source (default: the latest)"
     )
-    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="the scores")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="PREFIX", help="text: PREFIX.bin and .idx, or a .jsonl file"
+    )
+    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="file of the scores")
     parser.add_argument("--overwrite", action="store_true", help="replace the scores at --save")
     parser.add_argument(
         "--sequences",
         type=positive,
         default=1024,
         metavar="N",
-        help="evenly spaced; of a .jsonl the first (default 1024)",
+        help="sequences to read, evenly spaced; of a .jsonl the first ones (default 1024)",
     )
     parser.add_argument(
-        "--sequence-length", type=positive, metavar="S", help=f"tokens (default: the model's own, at most {LONGEST})"
+        "--sequence-length",
+        type=positive,
+        metavar="S",
+        help=f"tokens of a sequence (default: as many as the model has positions, at most {LONGEST})",
     )
     parser.add_argument(
         "--layer-loss",
@@ -73,9 +78,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="also measure the loss without each layer, on N sequences",
     )
-    parser.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="T", help="(default 1)")
-    parser.add_argument("--pipeline-model-parallel-size", type=positive, default=1, metavar="P", help="(default 1)")
-    parser.add_argument("--dtype", choices=tuple(TORCH_NAMES), help="to compute in (default: bf16 on GPUs, else fp32)")
+    parser.add_argument(
+        "--tensor-model-parallel-size", type=positive, default=1, metavar="T", help="tensor-parallel ranks (default 1)"
+    )
+    parser.add_argument(
+        "--pipeline-model-parallel-size",
+        type=positive,
+        default=1,
+        metavar="P",
+        help="pipeline-parallel ranks (default 1)",
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(TORCH_NAMES), help="dtype to compute in (default: bf16 on GPUs, else fp32)"
+    )
     return parser
 
 

@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser("show_checkpoint.py", __doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of any format")
-    parser.add_argument("--iteration", type=int, metavar="N", help="of a Megatron checkpoint (default: the latest)")
+    parser.add_argument(
+        "--iteration", type=int, metavar="N", help="iteration of a Megatron checkpoint (default: the latest)"
+    )
     parser.add_argument("--weights", action="store_true", help="list every logical weight: shape, dtype, L2 norm")
     parser.add_argument("--verify", action="store_true", help=f"check all files against {MANIFEST}")
     parser.add_argument("--digest", action="store_true", help="print the digest of all logical weights")
