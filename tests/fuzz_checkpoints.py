@@ -571,7 +571,7 @@ class Fuzzer:
         breaker = random.choice(BREAKERS)
         said = breaker(source, random, self.foreign)
         case = f"{name}: {breaker.__name__}: {said}"
-        format = random.choice(FORMATS)
+        format = random.choice(list(FORMATS))
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = megabytes("VmRSS")
         try:

@@ -309,7 +309,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert all((array == 111111).all() for array in read(save).sums.values())
 
     (tmp_path / ".s.partial").write_bytes(save.read_bytes())
-    other = dataclasses.replace(empty, text="another")
+    other = dataclasses.replace(empty, facts=msgspec.structs.replace(empty.facts, text="another"))
     score_importance.score(save, other, FakeRecorder(stop_at=None), text, 1, 0)
     assert "starting over" in capsys.readouterr().err
 
