@@ -1,4 +1,4 @@
-"""Trains a Llama (recovers a pruned one) with the stock Megatron loop and all of its flags.
+"""Train a Llama (recover a pruned one) with the stock Megatron loop and all of its flags.
 
     # eight GPUs: recover a pruned checkpoint; the same command again resumes from RECOVERED
     torchrun --nproc-per-node 8 pretrain_gpt.py --use-checkpoint-args --load RECOVERED --pretrained-checkpoint PRUNED \\
@@ -14,24 +14,22 @@
     python pretrain_gpt.py --use-checkpoint-args ... --teacher-load UNPRUNED
 
 The loop, the optimizer, the schedules, the checkpoints and the flags are Megatron's (`megatron.training`, from the
-wheel of megatron-core). Added are defaults for machines without a GPU or without TransformerEngine (cpu_device.py,
-training_flags.py), local layers whose attention is torch's (local_layers.py), a loader that refuses what does not fit
-(strict_loading.py; the stock one warns and trains from random weights), the files beside a checkpoint (tokenizer, plan,
-command line), which follow it to --save, and distillation from a teacher (distillation.py).
+wheel of megatron-core). This project adds, in megatron/pruning/training: defaults for machines without a GPU or without
+TransformerEngine (cpu_device.py, flags.py), local layers whose attention is torch's (local_layers.py), a loader that
+refuses what does not fit (strict_loading.py; the stock one warns and trains from random weights), and distillation from
+a teacher (distillation.py). What it changes in Megatron to have them is one table (megatron_patches.py). The files
+beside a checkpoint (tokenizer, plan, command line) follow it to --save.
 """
 
 import argparse
 import functools
-import importlib.util
-import os
-import queue
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from megatron.pruning.cli.entry import run
+from megatron.pruning.storage.processes import be_alone_without_torchrun
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.quiet import quiet_imports
 
@@ -39,10 +37,8 @@ cpu_device.install()  # before Megatron is imported
 
 with quiet_imports():
     from megatron.core import mpu
-    from megatron.core.datasets import utils as dataset_utils
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.enums import ModelType
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
@@ -52,59 +48,37 @@ with quiet_imports():
     from megatron.training.global_vars import set_global_variables
     from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+    from megatron.pruning.training.distillation import Distillation
     from megatron.pruning.training.flags import add_defaults, flags_refused, refuse_impossible, refuse_without_libraries
     from megatron.pruning.training.local_layers import gpt_config
-    from megatron.pruning.training.strict_loading import (
-        carry_files,
-        load_strictly,
-        one_sentence,
-        require_checkpoint,
-        source_of,
-    )
-
-RANK_0_SPEAKS = 10.0  # seconds that the other ranks let it
+    from megatron.pruning.training.megatron_patches import applied, while_parsing, while_training
+    from megatron.pruning.training.strict_loading import carry_files, one_sentence, require_checkpoint, source_of
 
 
-def main() -> None:
-    """Trains as the command line says.
-
-    Raises:
-        ValueError: what the user asked for cannot be done; one sentence.
-    """
-    if "WORLD_SIZE" not in os.environ:  # started without torchrun: one process, which meets nobody
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    args = read_arguments()
+def main(argv: Sequence[str]) -> None:
+    """Train as the command line says; raises ValueError, with one sentence, where what it asks for cannot be done."""
+    be_alone_without_torchrun()
+    args = read_arguments(argv)
     carry_files(args)
-
-    step = forward_step
     with flags_refused():
         model = gpt_config(args)
-        if args.teacher_load:
-            from megatron.pruning.training.distillation import Distillation
-
-            step = functools.partial(forward_step, distillation=Distillation(args, model))
-
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
-        # The wheel carries the helpers built and no Makefile, and the stock loop would run make.
-        dataset_utils.compile_helpers = lambda: None
-    if not args.async_save:
-        # The writer's results stay in this process; Megatron would start another one for them, which imports all again.
-        filesystem_async._results_queue = queue.Queue()
-    training.load_checkpoint = functools.partial(load_strictly, checkpointing.load_checkpoint)
-    with flags_refused():
-        config = pretrain_cfg_container_from_args(args, model)
-        training.pretrain(config, datasets, ModelType.encoder_or_decoder, step)
+        distillation = Distillation(args, model) if args.teacher_load else None
+        with applied(while_training(args, model.transformer)):
+            config = pretrain_cfg_container_from_args(args, model)
+            step = functools.partial(forward_step, distillation=distillation)
+            training.pretrain(config, datasets, ModelType.encoder_or_decoder, step)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def read_arguments() -> argparse.Namespace:
-    """Parses, checks and publishes the stock arguments, in the stock order.
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse, check and publish the stock arguments, in the stock order.
 
-    Raises:
-        ValueError: a flag cannot work on this machine, or the checkpoint to load is not there or not readable.
+    Raises ValueError when a flag cannot work on this machine, or when the checkpoint to load is not there or cannot be
+    read.
     """
-    args = parse_args(extra_args_provider=add_defaults)
+    with applied(while_parsing(argv)):
+        args: argparse.Namespace = parse_args(extra_args_provider=add_defaults)
     refuse_without_libraries(args)
     if args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = True
@@ -124,11 +98,9 @@ def read_arguments() -> argparse.Namespace:
 
 
 def datasets(samples: list[int | None], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
-    """Builds the train, validation and test sets that the data flags describe.
+    """Build the train, validation and test sets that the data flags describe, of at least so many `samples` each.
 
-    Args:
-        samples: how many samples of each are wanted, at least.
-        vp_stage: the virtual pipeline stage that asks.
+    The virtual pipeline stage `vp_stage` asks for them.
     """
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -153,10 +125,11 @@ def datasets(samples: list[int | None], vp_stage: int | None = None) -> tuple[An
     )
 
     def built_here() -> bool:
-        return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
+        return bool(is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0)
 
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(kind, samples, built_here, config).build()
+    sets: tuple[Any, Any, Any] = BlendedMegatronDatasetBuilder(kind, samples, built_here, config).build()
+    return sets
 
 
 datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank asks, `built_here` decides
@@ -165,7 +138,7 @@ datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank asks,
 def get_batch(
     data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None, whole: bool = False
 ) -> dict[str, Any]:
-    """This rank's part of the next micro batch; values are `[batch, sequence]`, none on middle pipeline stages.
+    """Return this rank's part of the next micro batch; values are `[batch, sequence]`, none on middle pipeline stages.
 
     The first stage has the tokens and the last one the labels; `whole` gives both of them all.
     """
@@ -193,11 +166,12 @@ def get_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
     )
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return batch
 
 
 def forward_step(data_iterator: Any, model: Any, distillation: Any = None) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """One micro batch through this stage: its output, and the function that makes the loss of it on the last stage.
+    """Take one micro batch through this stage: return its output, and the function that makes the last stage's loss.
 
     With a teacher the loss in training is that of `distillation`; validation has the language-model loss as ever.
     """
@@ -214,20 +188,15 @@ def forward_step(data_iterator: Any, model: Any, distillation: Any = None) -> tu
         **taught,
     )
     loss = functools.partial(distillation.loss, token_loss) if taught else token_loss
-    return output, functools.partial(loss, batch.get("loss_mask"))
+    return output, functools.partial(loss, batch.get("loss_mask"))  # type: ignore[arg-type]  # None where no loss is
 
 
 def token_loss(
     loss_mask: torch.Tensor, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The language-model loss in nats.
+    """Return the language-model loss in nats, summed over the tokens that count, then their number, then both to log.
 
-    Args:
-        loss_mask: 1.0 where a token counts, `[batch, sequence]`.
-        losses: cross entropy of every token, `[batch, sequence]`.
-
-    Returns:
-        the sum over tokens that count, their number, and both for the log.
+    `loss_mask` is 1.0 where a token counts and `losses` the cross entropy of every token, both `[batch, sequence]`.
     """
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
@@ -244,19 +213,6 @@ def token_loss(
     return loss, tokens, {"lm loss": report}
 
 
-def run() -> None:
-    """`main` for the shell: what the user can mend becomes one line and exit status 1."""
-    try:
-        main()
-    except ValueError as refusal:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:  # when rank 0 has met the same mistake, it says so and torchrun ends this process meanwhile
-            time.sleep(RANK_0_SPEAKS)
-        sentence = " ".join(str(refusal).split())
-        print(f"[rank {rank}] " * bool(rank) + f"error: {sentence}", file=sys.stderr, flush=True)
-        sys.exit(1)
-
-
 # The writer of --async-save spawns children that import this file again.
 if __name__ == "__main__":
-    run()
+    run(main, left="the last checkpoint in --save stays")

@@ -48,7 +48,7 @@ RESULTS = Path(__file__).with_name("results")
 WARM_UP = 3  # steps that are not timed
 # Dense bf16 peaks in floating point operations per second, without sparsity (NVIDIA's data sheets).
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-SHAPES = {  # of random weights
+SHAPES = {  # of models with random weights
     "58m": LlamaConfig(
         hidden_size=512,
         intermediate_size=1408,
@@ -72,21 +72,21 @@ ARMS = {"pretrain_gpt.py": "", "pretrain_gpt.py, unfused attention": UNFUSED, "t
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line."""
+    """Return what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", default=str(ROOT / "assets/tiny-llama"), help=f"a directory of Hugging Face, or {', '.join(SHAPES)}"
+        "--model", default=str(ROOT / "assets/tiny-llama"), help=f"a Hugging Face directory, or {', '.join(SHAPES)}"
     )
-    parser.add_argument("--sequence-length", type=int, default=256, help="tokens")
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="sequences")
-    parser.add_argument("--global-batch-size", type=int, default=16, help="sequences a step")
-    parser.add_argument("--steps", type=int, default=10, help=f"of an arm in a round, the first {WARM_UP} not timed")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="sequences of a forward pass")
+    parser.add_argument("--global-batch-size", type=int, default=16, help="sequences of a step")
+    parser.add_argument("--steps", type=int, default=10, help=f"steps of an arm, the first {WARM_UP} are not timed")
+    parser.add_argument("--rounds", type=int, default=3, help="how many times every arm runs")
     parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help="where the results are written (default: benchmarks/results/training-MODEL.json)",
+        help="file of the results (default: benchmarks/results/training-MODEL.json)",
     )
     parser.add_argument("--trainer", type=Path, help=argparse.SUPPRESS)  # be the Trainer's arm, in this folder
     return parser.parse_args()
@@ -113,7 +113,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def stock_loop(args: argparse.Namespace, folder: Path, flags: str) -> tuple[list[float], float]:
-    """Seconds of each step of pretrain_gpt.py, and the peak of memory in GB (0 on a CPU)."""
+    """Return the seconds of each step of pretrain_gpt.py, and the peak of memory in GB (0 on a CPU)."""
     words = (
         f"{(folder / 'megatron' / 'megatron_args.txt').read_text()} --pretrained-checkpoint {folder / 'megatron'} "
         f"--train-data-path {folder / 'data'} --data-cache-path {folder / 'cache'} --tokenizer-type NullTokenizer "
@@ -129,7 +129,7 @@ def stock_loop(args: argparse.Namespace, folder: Path, flags: str) -> tuple[list
 
 
 def trainer(args: argparse.Namespace, folder: Path) -> tuple[list[float], float]:
-    """The same of transformers' Trainer, which another process of this script is."""
+    """Return the same of transformers' Trainer, which another process of this script runs."""
     given = {name: value for name, value in vars(args).items() if name not in ("trainer", "json")} | {"trainer": folder}
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     times, memory = json.loads(output([sys.executable, __file__, *words]).splitlines()[-1])
@@ -137,7 +137,7 @@ def trainer(args: argparse.Namespace, folder: Path) -> tuple[list[float], float]
 
 
 def output(command: list[str]) -> str:
-    """What a command prints; the benchmark ends with it when it fails."""
+    """Return what a command prints; where it fails, the benchmark ends with that."""
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     done = subprocess.run(command, env=os.environ | settings, text=True, capture_output=True)
     if done.returncode:
@@ -147,29 +147,29 @@ def output(command: list[str]) -> str:
 
 
 class Clock(TrainerCallback):
-    """Notes when each step ends."""
+    """Note when each step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """The first step begins."""
+        """Note when the first step begins."""
         self.ends.append(time.perf_counter())
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """A step ends when the device has done it."""
+        """Note when a step ends, which is when the device has done it."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
 
 def be_trainer(args: argparse.Namespace) -> None:
-    """Train, and print the seconds of each step and the peak of memory in GB."""
+    """Train, and print the seconds of each step and the peak of memory in GB (0 on a CPU)."""
     with quiet_imports():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     gpu = torch.cuda.is_available()
-    data = IndexedDataset(str(args.trainer / "data"))  # a name for it: its memory goes when it does
+    data = IndexedDataset(str(args.trainer / "data"))  # without a name it would go, and its memory with it
     tokens = torch.from_numpy(data[0].astype("int64"))
     samples = [{"input_ids": part, "labels": part} for part in tokens[:-1].split(args.sequence_length)]
     settings = TrainingArguments(
@@ -196,7 +196,7 @@ def be_trainer(args: argparse.Namespace) -> None:
 
 
 def model_flops(args: argparse.Namespace, folder: Path) -> float:
-    """Operations of a step: 6 a weight and token without the embedding, and causal attention's 6 * L * width * s."""
+    """Return a step's operations: 6 a weight and token without the embedding, causal attention's 6 * L * width * s."""
     config = open_checkpoint(folder / "hf").config
     weights = config.parameters - (0 if config.tied else config.vocab_size * config.hidden_size)
     attention = 6 * config.num_layers * config.num_attention_heads * config.head_dim * args.sequence_length

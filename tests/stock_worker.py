@@ -79,7 +79,7 @@ def be_rank(name: str, program: str, words: list[str], settings: dict[str, str])
     status: Any = 99
     try:
         entry = importlib.import_module(program)
-        entry.run() if program == "pretrain_gpt" else entry.run(entry.main)
+        entry.run(entry.main)
         status = 0
     except SystemExit as leave:
         status = leave.code or 0

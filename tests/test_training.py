@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_whole
+from helpers import ROOT, load_whole
 from stock_loop import Run, StockLoop, environment
 
 STEPS, SAVED, KILLED = 24, 10, 16  # the whole run, the checkpoint to resume from, the step after which -9 comes
@@ -33,7 +33,7 @@ TRAINING = (
 
 
 def launched(folder: Path, processes: int, words: str) -> Run:
-    """Runs a case over several processes with torchrun."""
+    """Run a case over several processes with torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += [str(ROOT / "pretrain_gpt.py"), *words.split()]
     done = subprocess.run(
@@ -62,7 +62,7 @@ DATA = "--train-data-path data --data-cache-path cache"
 
 @pytest.fixture(scope="module")
 def forker(folder: Path) -> Iterator[StockLoop]:
-    """Starts and ends the process that forks."""
+    """Start and end the process that forks."""
     forker = StockLoop(folder)
     yield forker
     forker.close()
@@ -87,7 +87,7 @@ def trained(forker: StockLoop) -> dict[str, Run]:
 
 
 def state(folder: Path, name: str, step: int = STEPS) -> dict:
-    """What a `torch` checkpoint of one rank holds; it was written by this test."""
+    """Return what a `torch` checkpoint of one rank holds; this test wrote it."""
     return load_whole(folder / name / f"iter_{step:07d}" / "mp_rank_00" / "model_optim_rng.pt")
 
 
@@ -224,14 +224,14 @@ def test_mistake_of_all_ranks_is_said_once(folder: Path) -> None:
     run = launched(folder, 2, f"{MODEL} {TRAINING} {DATA} --tensor-model-parallel-size 3")
     assert run.code == 1
     assert run.error == (
-        "error: 2 processes were started, which is no multiple of "
+        "[rank 0] error: 2 processes were started, which is no multiple of "
         "--tensor-model-parallel-size 3 x --pipeline-model-parallel-size 1 = 3"
     )
     assert "UserWarning" not in run.log
 
 
 def damage(folder: Path, name: str, source: str, change: str) -> None:
-    """Copies a checkpoint and spoils the copy."""
+    """Copy a checkpoint and spoil the copy."""
     shutil.copytree(folder / source, folder / name)
     step = folder / name / f"iter_{STEPS:07d}"
     if change == "no iteration":
@@ -256,57 +256,65 @@ def damage(folder: Path, name: str, source: str, change: str) -> None:
         torch.save(content, path)
 
 
-def test_checkpoint_or_flags_that_do_not_fit_are_refused_in_one_sentence(
-    folder: Path, forker: StockLoop, trained: dict[str, Run]
+def refused(forker: StockLoop, name: str, words: str, sentence: str) -> None:
+    (forker.folder / f"{name}.log").unlink(missing_ok=True)
+    run = forker.run(name, words)
+    assert run.code == 1, run.log[-2000:]
+    assert sentence in run.error
+    assert not run.losses and "Traceback" not in run.log
+
+
+FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("missing weight", f"lacks {FC2}"),
+        ("other shape", f"{FC2} is (32, 63) there and (32, 64) here"),
+        ("extra weight", "has no decoder.layers.9.mlp.linear_fc2.weight"),
+        ("truncated", "mp_rank_00/model_optim_rng.pt is cut short"),
+        ("no file", "neither mp_rank_*/model_optim_rng.pt nor .metadata"),
+        ("no iteration", f"there is no iter_{STEPS:07d} in it"),
+        ("no shard", "cannot load the checkpoint in no_shard"),
+    ],
+)
+def test_damaged_checkpoint_is_refused_in_one_sentence(
+    folder: Path, forker: StockLoop, trained: dict[str, Run], change: str, sentence: str
 ) -> None:
-    fc2 = "decoder.layers.1.mlp.linear_fc2.weight"
-    damaged = {
-        "missing weight": ("whole", f"lacks {fc2}"),
-        "other shape": ("whole", f"{fc2} is (32, 63) there and (32, 64) here"),
-        "extra weight": ("whole", "has no decoder.layers.9.mlp.linear_fc2.weight"),
-        "truncated": ("whole", "mp_rank_00/model_optim_rng.pt is cut short"),
-        "no file": ("whole", "neither mp_rank_*/model_optim_rng.pt nor .metadata"),
-        "no iteration": ("whole", f"there is no iter_{STEPS:07d} in it"),
-        "no shard": ("dist", "cannot load the checkpoint in no_shard"),
-    }
-    for change, (source, _) in damaged.items():
-        damage(folder, change.replace(" ", "_"), source, change)
-    base = f"{MODEL} {TRAINING} {DATA} --finetune"
-    words = {name: f"{base} --load {name}" for name in (change.replace(" ", "_") for change in damaged)} | {
-        "dist_ffn": f"{base} --load dist --ffn-hidden-size 96",
-        "dist_depth": f"{base} --load dist --num-layers 2",
-        "nowhere": f"{MODEL} {TRAINING} {DATA} --load nowhere --save elsewhere",
-        "finetune_nothing": f"{base} --load fresh --save fresh",
-        "nccl": f"{base} --load dist --distributed-backend nccl",
-        "no_heads": f"{base} --load dist --num-attention-heads 3",
-        "warm_up": f"{base} --load dist --lr-warmup-iters {STEPS}",
-        "warm_up_fraction": f"{base} --load dist --lr-warmup-fraction 1.0",
-        "attention": f"{base} --load dist --attention-backend local",
-        "batch": f"{base} --load dist --global-batch-size 3 --eval-global-batch-size 4",
-        "no_flags": f"{MODEL} --micro-batch-size 2",
-        "no_data": f"{MODEL} {TRAINING} --train-data-path absent",
-        "dist_optim": f"{base} --load dist --save more --use-distributed-optimizer",
-    }
-    sentences = {change.replace(" ", "_"): sentence for change, (_, sentence) in damaged.items()} | {
-        "dist_ffn": "decoder.layers.mlp.linear_fc1.weight is (4, 128, 32) there and (4, 192, 32) here",
-        "dist_depth": "(4, 32) there and (2, 32) here",
-        "nowhere": "--load nowhere holds no checkpoint",
-        "finetune_nothing": "--load fresh holds no checkpoint",
-        "nccl": "--distributed-backend nccl needs a GPU",
-        "no_heads": "Megatron refuses these flags",
-        "warm_up": f"--lr-warmup-iters {STEPS} must be less than --train-iters {STEPS}",
-        "warm_up_fraction": "--lr-warmup-fraction 1.0 must be less than 1",
-        "attention": "--attention-backend local cannot be had in megatron-core 0.19: leave it out",
-        "batch": "global batch size (3) is not divisible by micro batch size (2)",
-        "no_flags": "these flags must be given: --seq-length --train-iters (or --train-samples) --lr --train-data-path",
-        "no_data": "cannot be found at the path prefix absent",
-        "dist_optim": "--use-distributed-optimizer cannot resume without TransformerEngine or apex",
-    }
-    for name, sentence in sentences.items():
-        run = forker.run(name, words[name])
-        assert run.code == 1, (name, run.log[-2000:])
-        assert sentence in run.error, (name, run.error)
-        assert not run.losses and "Traceback" not in run.log, name
+    name = change.replace(" ", "_")
+    damage(folder, name, "dist" if change == "no shard" else "whole", change)
+    refused(forker, name, f"{MODEL} {TRAINING} {DATA} --finetune --load {name}", sentence)
+
+
+TUNED = f"{MODEL} {TRAINING} {DATA} --finetune --load dist"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (f"{TUNED} --ffn-hidden-size 96", "linear_fc1.weight is (4, 128, 32) there and (4, 192, 32) here"),
+        (f"{TUNED} --num-layers 2", "(4, 32) there and (2, 32) here"),
+        (f"{MODEL} {TRAINING} {DATA} --load nowhere --save elsewhere", "--load nowhere holds no checkpoint"),
+        (f"{TUNED} --load fresh --save fresh", "--load fresh holds no checkpoint"),
+        (f"{TUNED} --distributed-backend nccl", "--distributed-backend nccl needs a GPU"),
+        (f"{TUNED} --num-attention-heads 3", "Megatron refuses these flags"),
+        (f"{TUNED} --lr-warmup-iters {STEPS}", f"-iters {STEPS} must be less than --train-iters {STEPS}"),
+        (f"{TUNED} --lr-warmup-fraction 1.0", "--lr-warmup-fraction 1.0 must be less than 1"),
+        (f"{TUNED} --attention-backend local", "local cannot be had in megatron-core 0.19: leave it out"),
+        (
+            f"{TUNED} --global-batch-size 3 --eval-global-batch-size 4",
+            "global batch size (3) is not divisible by micro",
+        ),
+        (f"{MODEL} --micro-batch-size 2", "given: --seq-length --train-iters (or --train-samples) --lr --train-data"),
+        (f"{MODEL} {TRAINING} --train-data-path absent", "cannot be found at the path prefix absent"),
+        (f"{TUNED} --save more --use-distributed-optimizer", "cannot resume without TransformerEngine or apex"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_in_one_sentence(
+    forker: StockLoop, trained: dict[str, Run], words: str, sentence: str
+) -> None:
+    refused(forker, "refused", words, sentence)
 
 
 def test_files_beside_the_checkpoint_follow_it_and_its_arguments_are_enough(
@@ -332,8 +340,8 @@ def test_files_beside_the_checkpoint_follow_it_and_its_arguments_are_enough(
 def test_entry_script_stands_the_cpu_in_only_for_itself() -> None:
     assert not (ROOT / "megatron" / "__init__.py").exists(), "it would hide pip's megatron.core"
     program = (
-        "import torch; real = torch.cuda.is_available(); import pretrain_gpt; from megatron.pruning import cpu_device; "
-        "import megatron.core, megatron.training; "
+        "import torch; real = torch.cuda.is_available(); import pretrain_gpt, megatron.core, megatron.training; "
+        "from megatron.pruning.training import cpu_device; "
         "assert cpu_device.is_installed() is not real; "
         "assert real or torch.zeros(1, device='cuda').device.type == 'cpu'; "
         "assert real or torch.zeros(1).cuda().to('cuda:0').type() == 'torch.cuda.FloatTensor'; "

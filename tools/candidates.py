@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron.pruning.model.axes import PRUNABLE
 from megatron.pruning.plan.report import table
 from megatron.pruning.plan.shapes import Shape
+from megatron.pruning.storage.processes import count
 from megatron.pruning.storage.small_files import write_durably
 
 STEPS = 200
@@ -29,7 +30,7 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError unless the flags name text to train on and a tokenizer, and this is a single process."""
     if args.candidates < 2:
         raise ValueError(f"--candidates {args.candidates}: at least two shapes can be compared")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if count() > 1:
         raise ValueError("--candidates starts the training processes by itself: run it with plain python")
     if not (args.data_path or (args.train_data_path and args.valid_data_path)):
         raise ValueError("--candidates needs text: give --data-path PREFIX, or --train-data-path and --valid-data-path")

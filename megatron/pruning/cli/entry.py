@@ -1,13 +1,16 @@
 """How every entry script begins and ends: one sentence for a mistake, an exit status, signals that clean up first."""
 
-import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from megatron.pruning.storage.processes import World, rank
+from megatron.pruning.storage.processes import World, count, is_first, rank
+
+RANK_0_SPEAKS = 10.0  # seconds that the other ranks give it
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def run(main: Callable[[Sequence[str]], None], left: str = "nothing was left behind") -> None:
@@ -15,14 +18,14 @@ def run(main: Callable[[Sequence[str]], None], left: str = "nothing was left beh
 
     A signal to end lets what was begun be cleaned up first, and ends in a line that says what is `left`.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _end_by_signal)
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        if rank() > 0 and not World.joined:  # every process of a torchrun meets the same mistake: say it once
-            sys.exit(1)
+        if not is_first() and not World.joined:
+            _let_rank_0_speak()
         _end(str(error), 1)
     except OSError as error:
         _end(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1)
@@ -45,9 +48,17 @@ def _end_by_signal(number: int, _: FrameType | None) -> NoReturn:
     raise _EndedError(number)
 
 
+def _let_rank_0_speak() -> None:
+    """Wait: where every process of a torchrun has met the same mistake, rank 0 says it and torchrun ends this one."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(RANK_0_SPEAKS)
+
+
 def _end(message: str, status: int) -> NoReturn:
-    where = f"[rank {rank()}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    # A name out of a broken file may hold anything: line breaks, or what commands a terminal.
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:2000])
-    print(f"{where}error: {plain}", file=sys.stderr)
+    where = f"[rank {rank()}] " if count() > 1 else ""
+    one_line = " ".join(line.strip() for line in message[:2000].splitlines())
+    # A name out of a broken file may hold anything, also what commands a terminal.
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in one_line)
+    print(f"{where}error: {plain}", file=sys.stderr, flush=True)
     sys.exit(status)

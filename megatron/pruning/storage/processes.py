@@ -12,6 +12,18 @@ def rank() -> int:
     return int(number) if number.isdecimal() else 0
 
 
+def count() -> int:
+    """Return how many processes torchrun started; 1 without it."""
+    number = os.environ.get("WORLD_SIZE", "1")
+    return int(number) if number.isdecimal() else 1
+
+
+def be_alone_without_torchrun() -> None:
+    """Let a process that torchrun did not start be one that meets nobody, by what torch and Megatron look at."""
+    if "WORLD_SIZE" not in os.environ:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0"}
+
+
 def is_first() -> bool:
     """Return whether this is the process that speaks: alone, or rank 0 of a torchrun."""
     return rank() == 0

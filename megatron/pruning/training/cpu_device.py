@@ -1,12 +1,12 @@
-"""Stands the CPU in for the CUDA device, so that the stock Megatron training loop runs without a GPU.
+"""Stand the CPU in for the CUDA device, so that the stock Megatron training loop runs without a GPU.
 
 Megatron names the device in four ways: `device="cuda"` given to torch's factories, `.cuda()` on tensors and modules,
 the bookkeeping of `torch.cuda` (streams, events, memory, random state), and the names of tensor types. `install()`
-answers each of them with the CPU. It does nothing on a machine where torch sees a GPU, it is called once, at
-import of the entry script and before `megatron.training` is imported (Megatron binds some of these names at import, and
-the writer of --async-save spawns children that import the entry script again), and no other module knows about it.
+answers each of them with the CPU. It does nothing on a machine where torch sees a GPU. It is called once, when the
+entry script is imported and before `megatron.training` is (Megatron binds some of these names at import, and the writer
+of --async-save spawns children that import the entry script again), and is never undone.
 
-    from megatron.pruning import cpu_device
+    from megatron.pruning.training import cpu_device
     cpu_device.install()
 
 `add_defaults` and `refuse` are its other half: what the stock command line must say on a CPU, said for the user, and
@@ -54,10 +54,9 @@ NEW_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
 def install() -> bool:
-    """Answers every use of the CUDA device with the CPU, unless there is one.
+    """Answer every use of the CUDA device with the CPU, unless there is one.
 
-    Returns:
-        True when the stand-in is in place (now or from an earlier call), False where torch sees a GPU.
+    Return whether the stand-in is in place, from this call or an earlier one: not where torch sees a GPU.
     """
     if is_installed():
         return True
@@ -73,16 +72,12 @@ def install() -> bool:
 
 
 def is_installed() -> bool:
-    """Whether `install` has put the CPU in the place of the CUDA device in this process."""
+    """Tell whether `install` has put the CPU in the place of the CUDA device in this process."""
     return getattr(torch.cuda, "_stands_for_cpu", False)
 
 
 def add_defaults(parser: argparse.ArgumentParser) -> None:
-    """Gives the stock parser the defaults that a CPU needs.
-
-    Args:
-        parser: the parser that holds all of Megatron's arguments.
-    """
+    """Give the stock parser, which holds all of Megatron's arguments, the defaults that a CPU needs."""
     from megatron.core.transformer.enums import AttnBackend
 
     known = {action.dest for action in parser._actions}
@@ -91,10 +86,9 @@ def add_defaults(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse(args: argparse.Namespace) -> None:
-    """Checks that the parsed flags can work on a CPU.
+    """Check that the parsed flags can work on a CPU.
 
-    Raises:
-        ValueError: one sentence naming the flag, why it cannot work without a GPU and what to do instead.
+    Raises ValueError with one sentence that names the flag, why it cannot work without a GPU and what to do instead.
     """
     needs_gpu = {
         "--distributed-backend nccl": args.distributed_backend == "nccl",
@@ -117,16 +111,6 @@ def refuse(args: argparse.Namespace) -> None:
         )
 
 
-def adjust(config: Any) -> None:
-    """Sets what no stock flag sets in a transformer configuration.
-
-    Args:
-        config: a megatron.core TransformerConfig, changed in place.
-    """
-    # gloo may still be reading a stage's output when Megatron frees it: virtual pipelines then train on wrong numbers.
-    config.deallocate_pipeline_outputs = False
-
-
 def _set_environment() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # torch.compile would want a compiler and minutes for tiny models
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it where it is parallel
@@ -138,7 +122,7 @@ def _set_environment() -> None:
 
 
 def _to_cpu(device: Any) -> Any:
-    """The CPU where `device` names a CUDA device (`"cuda:1"`, an index, a torch.device); anything else unchanged."""
+    """Return the CPU where `device` names a CUDA device (`"cuda:1"`, an index, a torch.device), else `device`."""
     if isinstance(device, bool):
         return device
     if isinstance(device, int):
@@ -151,7 +135,7 @@ def _to_cpu(device: Any) -> Any:
 
 
 def _with_cpu_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its `device` keyword redirected."""
+    """Return `function` with its `device` keyword redirected."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -231,24 +215,24 @@ class _Stream:
         return 0
 
     def elapsed_time(self, end: "_Stream") -> float:
-        """Milliseconds between two events; they are not timed here."""
+        """Return the milliseconds between two events, which are not timed here."""
         return 0.0
 
     def query(self) -> bool:
-        """Whether all work is done: always."""
+        """Tell whether all work is done: it always is."""
         return True
 
     def record_event(self, event: "_Stream | None" = None) -> "_Stream":
-        """An event that has already happened."""
+        """Return an event that has already happened."""
         return event or _Stream()
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
-        """Least and greatest priority."""
+        """Return the least and the greatest priority."""
         return 0, 0
 
     def wait(self, *args: Any) -> None:
-        """Nothing to wait for."""
+        """Return at once: there is nothing to wait for."""
 
     record = synchronize = wait_event = wait_stream = wait
 
@@ -301,7 +285,7 @@ def _memory_bytes() -> int:
 
 
 def _replace_random_state() -> None:
-    """The CUDA generator becomes the CPU's: one stream of numbers, saved and restored under both names."""
+    """Make the CUDA generator the CPU's: one stream of numbers, saved and restored under both names."""
     cpu_state = {
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda new_state, *args, **kwargs: torch.set_rng_state(new_state),

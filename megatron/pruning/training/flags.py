@@ -15,7 +15,7 @@ from megatron.pruning.training import cpu_device
 
 
 def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Sets the defaults that differ from stock, whatever the user types wins; and adds the flags of distillation."""
+    """Set the defaults that differ from stock (what the user types wins), and add the flags of distillation."""
     # Causal attention needs no mask tensor, and a checkpoint's own format says which one it is. Stock leaves the
     # intervals unset and fails on that after it has built the model.
     parser.set_defaults(create_attention_mask_in_dataloader=False, auto_detect_ckpt_format=True)
@@ -29,18 +29,20 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     if cpu_device.is_installed():
         cpu_device.add_defaults(parser)
     group = parser.add_argument_group("distillation")
-    group.add_argument("--teacher-load", metavar="DIR", help="teacher: a checkpoint of any format, shape and layout")
-    group.add_argument("--kd-alpha", type=float, metavar="A", help="A * kd loss + (1 - A) * lm loss (default 1.0)")
-    group.add_argument("--kd-temperature", type=float, metavar="T", help="of teacher and student (default 1.0)")
+    group.add_argument(
+        "--teacher-load", metavar="DIR", help="the teacher: a checkpoint of any format, shape and layout"
+    )
+    group.add_argument(
+        "--kd-alpha", type=float, metavar="A", help="the loss is A * kd loss + (1 - A) * lm loss (default 1.0)"
+    )
+    group.add_argument(
+        "--kd-temperature", type=float, metavar="T", help="the temperature of teacher and student (default 1.0)"
+    )
     return parser
 
 
 def refuse_without_libraries(args: argparse.Namespace) -> None:
-    """Checks the flags that a GPU, TransformerEngine or apex must be there for.
-
-    Raises:
-        ValueError: one of them is missing.
-    """
+    """Check the flags that need a GPU, TransformerEngine or apex; raise ValueError where theirs is missing."""
     if cpu_device.is_installed():
         cpu_device.refuse(args)
     if args.transformer_impl != "local" and not importlib.util.find_spec("transformer_engine"):
@@ -54,12 +56,11 @@ def refuse_without_libraries(args: argparse.Namespace) -> None:
 
 
 def refuse_impossible(args: argparse.Namespace) -> None:
-    """Checks what every user meets and Megatron ends on in a traceback.
+    """Check what every user meets and Megatron ends on in a traceback.
 
-    Raises:
-        ValueError: a flag that must be given is not, the processes do not divide into model replicas, the learning
-            rate's decay ends before its warm-up, a setting of distillation is out of its range, or an attention is
-            asked for that Megatron has not.
+    Raises ValueError when a flag that must be given is not, the processes do not divide into model replicas, the
+    learning rate's decay ends before its warm-up, a setting of distillation is out of its range, or an attention is
+    asked for that Megatron has not.
     """
     _refuse_missing(args)
     _refuse_layout(args)
@@ -126,12 +127,10 @@ def _refuse_distillation(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def flags_refused() -> Iterator[None]:
-    """Turns the assertions with which Megatron refuses flags, until training begins, into a ValueError.
+    """Turn the assertions with which Megatron refuses flags, until training begins, into a ValueError.
 
-    An assertion that fails later is nobody's flag and keeps its traceback.
-
-    Raises:
-        ValueError: says what Megatron says, which may be no more than the source line of a bare `assert`.
+    Its sentence is Megatron's, which may be no more than the source line of a bare `assert`. An assertion that fails
+    later has nothing to do with a flag and keeps its traceback.
     """
     try:
         yield

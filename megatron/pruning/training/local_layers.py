@@ -12,17 +12,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import GPTModelConfig
 
-from megatron.pruning.training import cpu_device, cpu_kernels
-
 
 class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library without types
     """Causal attention through torch's scaled_dot_product_attention, in memory linear in the sequence.
 
-    The constructor is the one that Megatron's layer specifications call; query, key and value are
-    `[sequence, batch, heads or groups, head_dim]`, the output is `[sequence, batch, heads * head_dim]`.
-
-    Raises:
-        ValueError: for what only TransformerEngine's attention does.
+    The constructor is the one that Megatron's layer specifications call; it raises ValueError for what only
+    TransformerEngine's attention does.
     """
 
     def __init__(
@@ -47,14 +42,17 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
         attention_mask: torch.Tensor | None,
         **options: Any,
     ) -> torch.Tensor:
-        """Attends; `attention_mask` (True hides) is given only with --reset-attention-mask."""
+        """Return what the queries gather, `[sequence, batch, heads * head_dim]`.
+
+        Query, key and value are `[sequence, batch, heads or groups, head_dim]`; `attention_mask`, whose True hides, is
+        given only with --reset-attention-mask.
+        """
         dtype = query.dtype
         if query.device.type == "cpu":
-            # torch's backward pass of attention on a CPU is half as fast in bfloat16 as in float32
-            query, key, value = query.float(), key.float(), value.float()
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [batch, heads, seq, dim]
-        if query.device.type == "cpu":
-            query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
+            # On a CPU torch's attention is fastest with the batch outermost in memory, and its backward pass takes half
+            # the time in float32 that it takes in bfloat16.
+            query, key, value = (t.float().transpose(0, 1).contiguous().transpose(0, 1) for t in (query, key, value))
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [batch, heads, sequence, head_dim]
         mixed = torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
@@ -68,7 +66,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
         return mixed.permute(2, 0, 1, 3).flatten(2).to(dtype)
 
     def sharded_state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """Nothing to save: attention has no weights."""
+        """Return nothing to save: attention has no weights."""
         return {}
 
 
@@ -79,15 +77,9 @@ class LocalRMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The same as torch's."""
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and self.eps is not None:
-            return cpu_kernels.rms_norm(x, self.weight, self.eps)
-        return super().forward(x)
-
 
 def local_layers(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """This pipeline stage's layers, from Megatron's local specification with `TorchAttention` and `LocalRMSNorm`."""
+    """Return this pipeline stage's layers: Megatron's local ones with `TorchAttention` and `LocalRMSNorm`."""
     block = unfused_layers(config, vp_stage)
     for layer in block.layer_specs[:1]:  # all of them are one object
         layer.submodules.self_attention.submodules.core_attention = ModuleSpec(module=TorchAttention)
@@ -95,7 +87,7 @@ def local_layers(config: GPTModelConfig, vp_stage: int | None = None) -> Transfo
 
 
 def unfused_layers(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The same with Megatron's own attention, whose memory is quadratic in the sequence: something to compare with.
+    """Return them with Megatron's own attention, whose memory is quadratic in the sequence: something to compare with.
 
     `--spec megatron.pruning.training.local_layers unfused_layers` chooses it.
     """
@@ -113,12 +105,9 @@ def unfused_layers(config: GPTModelConfig, vp_stage: int | None = None) -> Trans
 
 
 def gpt_config(args: argparse.Namespace) -> GPTModelConfig:
-    """The model that the flags describe, with these layers where TransformerEngine's are not asked for."""
+    """Return the model that the flags describe, with these layers where TransformerEngine's are not asked for."""
     config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor  # a stock flag that stock does not pass on
     if args.transformer_impl == "local" and args.spec is None:
         config.transformer_layer_spec = local_layers
-    if cpu_device.is_installed():
-        cpu_device.adjust(config.transformer)
-        cpu_kernels.install(config, args.seq_length, config.transformer_layer_spec is local_layers)
     return config

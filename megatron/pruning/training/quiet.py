@@ -1,20 +1,20 @@
-"""Keeps Megatron quiet about libraries that this project does without, and about what only its own authors can mend."""
+"""Keep Megatron quiet about libraries that this project does without, and about what only its authors can change."""
 
 import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
 
-# What megatron-core says, module by module, where TransformerEngine and apex are not installed ...
+# megatron-core says the first three, module by module, where TransformerEngine and apex are not installed, and the rest
+# where torchrun did not start the process or the model's configuration is built in code.
 _WARNINGS = (
     r"Transformer Engine and Apex are not installed\. Falling back to",
     r"Apex is not installed\. Falling back to",
     r"Only transformer-engine>=.* supports MoE experts, but your version is 0\.0\.0",
-    # ... and where a process was not started by torchrun, or its configuration is built in code.
     r"Could not determine rank from torch\.distributed",
     r"full scope is deprecated",
 )
-# What is logged, by logger: where there is a CUDA toolkit but no GPU, and when a GPTModel is built.
+# What each logger says where there is a CUDA toolkit but no GPU, and when a GPTModel is built.
 _RECORDS = {
     "torch.utils.cpp_extension": "No CUDA runtime is found",
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
@@ -23,7 +23,7 @@ _RECORDS = {
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Silences exactly these complaints, and only inside of the `with`."""
+    """Silence exactly these complaints, and only inside of the `with`."""
     loggers = [logging.getLogger(name) for name in _RECORDS]
     for logger in loggers:
         logger.addFilter(_is_wanted)

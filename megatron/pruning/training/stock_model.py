@@ -23,8 +23,8 @@ from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.megatron_args import config_to_args
+from megatron.pruning.storage import processes
 from megatron.pruning.storage.dtypes import TORCH_NAMES
-from megatron.pruning.storage.processes import World
 from megatron.pruning.storage.views import View, blocks
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.local_layers import gpt_config
@@ -36,16 +36,15 @@ def join(layout: Layout) -> None:
 
     Raises ValueError unless the number of processes is a multiple of the model's ranks.
     """
-    world, ranks = int(os.environ.get("WORLD_SIZE", "1")), layout.tensor * layout.pipeline
+    world, ranks = processes.count(), layout.tensor * layout.pipeline
     if world % ranks:
         raise ValueError(
             f"{world} processes were started for {layout}, which takes {ranks}, or a multiple of it: start as many"
         )
-    if "WORLD_SIZE" not in os.environ:  # without torchrun: one process, which meets nobody
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0"}
+    processes.be_alone_without_torchrun()
     if not cpu_device.is_installed():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    World.joined = True
+    processes.World.joined = True
     torch.distributed.init_process_group("gloo" if cpu_device.is_installed() else "nccl")
     parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
     model_parallel_cuda_manual_seed(1)  # layers ask for its random state even without dropout
@@ -83,7 +82,6 @@ def _watched_model(config: LlamaConfig, layout: Layout, dtype: str) -> GPTModelC
         **dict.fromkeys(("gradient_accumulation_fusion", "masked_softmax_fusion", "apply_rope_fusion"), False),
         **dict.fromkeys(("bias_swiglu_fusion", "bias_dropout_fusion"), False),
         "no_persist_layer_norm": True,
-        "seq_length": config.max_position_embeddings,
     }
     built = model_config(config, layout, parser.parse_args([]), own)
     built.finalize()

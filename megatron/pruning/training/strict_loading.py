@@ -1,19 +1,17 @@
-"""Loads a checkpoint through the stock loader, and takes all of it or nothing.
+"""What must hold of a checkpoint before and while the stock loader reads it, so that all of it is loaded or nothing.
 
 The stock loader warns and trains from random weights where a weight is missing, a file cannot be read, or there is no
-checkpoint at all. Each of these is a ValueError of one sentence here. The files beside a checkpoint follow it.
+checkpoint at all. Each of these is a ValueError of one sentence here. (megatron_patches.py has the loader call it.)
 """
 
 import argparse
 import contextlib
-import functools
 import re
 import shutil
 import zipfile
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core import dist_checkpointing
@@ -23,30 +21,41 @@ from megatron.training import get_args
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
 
-from megatron.pruning.formats.megatron import TE_NORMS, TRACKER
+from megatron.pruning.formats.megatron import (
+    ARGS_FILE,
+    HF_FILES,
+    RANK_DIRECTORIES,
+    RANK_FILE,
+    RELEASE,
+    TE_NORMS,
+    TRACKER,
+    iteration_directory,
+    rank_directory,
+    tracked_iteration,
+)
+from megatron.pruning.model.checkpoint import PLAN_FILE
+from megatron.pruning.storage.dcp_file import METADATA
 
-CARRIED = ("huggingface", "megatron_args.txt", "prune_plan.json")  # what an export and a second pruning need
+CARRIED = (HF_FILES, ARGS_FILE, PLAN_FILE)  # an export and a second pruning need them
 
 # How the stock scheduler refuses to resume a run under other flags.
 _SCHEDULE = re.compile(
     r"OptimizerParamScheduler: class input value (.+) and checkpoint ?value (.+) for (.+) do not match"
 )
 
-# A norm inside of a layer -> what the other kind of layers calls it: TransformerEngine's <-> the local ones.
+# The name of a norm inside of a layer -> its name in the other kind of layers: TransformerEngine's <-> the local ones.
 _OTHER_NORM = {theirs: f"{ours}.weight" for theirs, ours in TE_NORMS.items()}
 _OTHER_NORM |= {ours: theirs for theirs, ours in _OTHER_NORM.items()}
 
-# Before the files are read ...
+# Before the files are read --------------------------------------------------------------------------------------
 
 
 def require_checkpoint(args: argparse.Namespace) -> None:
-    """Refuses a --load that would silently start from random weights, and one whose files are not all there.
+    """Refuse a --load that would silently start from random weights, and one whose files are not all there.
 
     A new run may name the same new directory in --load and --save; then its second start resumes. With
-    --pretrained-checkpoint the first start takes its weights from there.
-
-    Raises:
-        ValueError: there is no whole checkpoint where one was asked for.
+    --pretrained-checkpoint the first start takes its weights from there. Raises ValueError when there is no whole
+    checkpoint where one was asked for.
     """
     source = source_of(args)
     if source is not None:
@@ -63,7 +72,7 @@ def require_checkpoint(args: argparse.Namespace) -> None:
 
 
 def source_of(args: argparse.Namespace) -> Path | None:
-    """The directory that the stock loader will read: --load if that has a checkpoint, else --pretrained-checkpoint."""
+    """Return what directory the stock loader will read: --load if it has a checkpoint, or --pretrained-checkpoint."""
     for directory in (args.load, args.pretrained_checkpoint):
         if directory is not None and Path(directory, TRACKER).is_file():
             return Path(directory)
@@ -71,25 +80,24 @@ def source_of(args: argparse.Namespace) -> Path | None:
 
 
 def require_files(args: argparse.Namespace, source: Path) -> None:
-    """Checks that the checkpoint's files are there, none is cut short, and they are those of this run's layout.
+    """Check that the checkpoint's files are there, none is cut short, and they are those of this run's layout.
 
-    Raises:
-        ValueError: one sentence naming the file.
+    Raises ValueError with one sentence that names the file.
     """
     folder = iteration_of(args, source)
     if not folder.is_dir():
         raise ValueError(f"the checkpoint in {source} is not whole: there is no {folder.name} in it")
-    files = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))
+    files = sorted(folder.glob(f"{RANK_DIRECTORIES}/{RANK_FILE}"))
     if not files:
-        if not (folder / ".metadata").is_file():  # torch_dist and its kin have one
-            raise ValueError(f"{folder} holds no checkpoint: neither mp_rank_*/model_optim_rng.pt nor .metadata")
+        if not is_dist(args, source):
+            raise ValueError(f"{folder} holds no checkpoint: neither {RANK_DIRECTORIES}/{RANK_FILE} nor {METADATA}")
         return
     for file in files:
         with file.open("rb") as content:
             if content.read(2) == b"PK" and not zipfile.is_zipfile(file):
                 raise ValueError(f"{file} is cut short")
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    ranks = [f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else "") for t in range(tp) for p in range(pp)]
+    ranks = [rank_directory(t, p, pp) for t in range(tp) for p in range(pp)]
     found = [file.parent.name for file in files]
     if sorted(ranks) != found and not args.use_mp_args_from_checkpoint_args:
         raise ValueError(
@@ -99,22 +107,22 @@ def require_files(args: argparse.Namespace, source: Path) -> None:
 
 
 def iteration_of(args: argparse.Namespace, source: Path) -> Path:
-    """The folder of the weights that the stock loader will read: the newest, or that of --ckpt-step.
+    """Return the folder of the weights that the stock loader will read: the newest, or that of --ckpt-step.
 
-    Raises:
-        ValueError: the tracker file is damaged.
+    Raises ValueError when the tracker file is damaged.
     """
-    newest = (source / TRACKER).read_text().strip()
-    if newest != "release" and not newest.isdecimal():
-        raise ValueError(f"{source / TRACKER} says {newest!r}, neither a step nor release")
-    step = args.ckpt_step if args.ckpt_step else newest
-    return source / ("release" if step == "release" else f"iter_{int(step):07d}")
+    return source / iteration_directory(args.ckpt_step or tracked_iteration(source))
+
+
+def is_dist(args: argparse.Namespace, source: Path) -> bool:
+    """Tell whether the weights that the stock loader will read are of torch_dist (or its kin, which have .metadata)."""
+    return (iteration_of(args, source) / METADATA).is_file()
 
 
 def carry_files(args: argparse.Namespace) -> None:
-    """Copies tokenizer, configuration, plan and command line beside the checkpoint into --save, unless they are there.
+    """Copy tokenizer, configuration, plan and command line beside the checkpoint into --save, unless they are there.
 
-    A later export reads them. Rank 0 does it, once, before training.
+    A later export reads them. Rank 0 copies them, once, before training.
     """
     source = source_of(args)
     if args.rank != 0 or not args.save or source is None or source.resolve() == Path(args.save).resolve():
@@ -132,15 +140,14 @@ def carry_files(args: argparse.Namespace) -> None:
         aside.rename(target)
 
 
-# ... and while they are
+# While the files are read ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def one_sentence(directory: str | Path | None) -> Iterator[None]:
-    """Turns every way in which the stock loader fails, or gives up with exit status 0, into a ValueError.
+    """Turn every way in which the stock loader fails, or gives up with exit status 0, into a ValueError.
 
-    Raises:
-        ValueError: names the checkpoint and what was wrong.
+    Its sentence names the checkpoint and what was wrong with it.
     """
     try:
         yield
@@ -167,41 +174,13 @@ def one_sentence(directory: str | Path | None) -> Iterator[None]:
         raise ValueError(f"cannot load the checkpoint in {directory}: {_first_line(error)}") from error
 
 
-def load_strictly(stock_load: Callable[..., Any], models: list[Any], *args: Any, **kwargs: Any) -> Any:
-    """Loads a checkpoint through the stock loader, and takes all of it or nothing.
-
-    Args:
-        stock_load: megatron.training.checkpointing.load_checkpoint.
-        models: this rank's model chunks.
-        args: passed on.
-        kwargs: passed on.
-
-    Returns:
-        what the stock loader returns: the iteration and the floating point operations so far.
-
-    Raises:
-        ValueError: a weight is missing, is not in this model, or has another shape; or a file is missing or unreadable.
-    """
-    source = source_of(get_args())
-    if source is None:  # a fresh start, see require_checkpoint
-        return stock_load(models, *args, **kwargs)
-    checked = functools.partial(_checked_dist_load, dist_checkpointing.load, source)
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(one_sentence(source))
-        if (iteration_of(get_args(), source) / ".metadata").is_file():
-            # --ckpt-format says how to save; the stock loader also asks it, and not the files, for what to load.
-            patches.enter_context(mock.patch.object(get_args(), "ckpt_format", "torch_dist"))
-        patches.enter_context(mock.patch.object(dist_checkpointing, "load", checked))
-        for model in models:
-            load = functools.partial(_checked_load, model, model.load_state_dict, source)
-            patches.enter_context(mock.patch.object(model, "load_state_dict", load))
-        return stock_load(models, *args, **kwargs)
-
-
-def _checked_load(
+def checked_load(
     model: torch.nn.Module, load: Callable[..., Any], source: Path, state: dict[str, Any], strict: bool = True
 ) -> Any:
-    """`model.load_state_dict` that compares names and shapes first and cannot be talked into strict=False."""
+    """Load `state`, as read from `source`, into `model` by `load`, its stock `load_state_dict`; `strict` or not.
+
+    Raises ValueError, before anything is loaded, unless the names and shapes of all weights agree.
+    """
     expected = {name: tuple(weight.shape) for name, weight in _weights(model.state_dict()).items()}
     renamed = _with_norms_named_as_in(expected, state)
     found = {name: tuple(weight.shape) for name, weight in _weights(renamed).items()}
@@ -212,7 +191,7 @@ def _checked_load(
 
 
 def _with_norms_named_as_in(names: Container[str], state: dict[str, Any]) -> dict[str, Any]:
-    """`state` of a `torch` checkpoint with each norm under that one of its two names that is among `names`.
+    """Return `state`, of a `torch` checkpoint, with each norm under that one of its two names that is among `names`.
 
     TransformerEngine's linears own the norm before them, and say so in its name; the local layers keep it apart.
     (`torch_dist` has one name for both.)
@@ -227,9 +206,12 @@ def _with_norms_named_as_in(names: Container[str], state: dict[str, Any]) -> dic
 
 
 def _refuse_flat_optimizer(source: Path) -> None:
-    """The distributed optimizer's state lies flat in the order of the weights, which is another in the other layers."""
+    """Raise ValueError where the distributed optimizer's state would be loaded into weights of another order.
+
+    It lies flat in the order of the weights, which TransformerEngine's layers and the local ones do not share.
+    """
     args = get_args()
-    resumes = not args.finetune and not args.no_load_optim and iteration_of(args, source).name != "release"
+    resumes = not args.finetune and not args.no_load_optim and iteration_of(args, source).name != RELEASE
     if args.use_distributed_optimizer and resumes:
         raise ValueError(
             f"the checkpoint in {source} is of other layers (--transformer-impl) than this run's: its distributed "
@@ -237,10 +219,13 @@ def _refuse_flat_optimizer(source: Path) -> None:
         )
 
 
-def _checked_dist_load(
+def checked_dist_load(
     load: Callable[..., Any], source: Path, wanted: dict[str, Any], directory: str, *rest: Any, **kw: Any
 ) -> Any:
-    """`dist_checkpointing.load` that compares the names and shapes of all ranks' weights with what is stored."""
+    """Return what `load`, the stock `dist_checkpointing.load`, reads of what is `wanted` from `directory` of `source`.
+
+    Raises ValueError, before anything is loaded, unless the names and shapes of all ranks' weights are those stored.
+    """
     mine: dict[str, tuple[int, ...]] = {}
     for key, part in wanted.items():
         if re.fullmatch(r"model\d*", key):

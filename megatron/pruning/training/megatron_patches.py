@@ -1,0 +1,174 @@
+"""All that this project changes in Megatron and torch while it trains: a table whose changes end with the training.
+
+megatron-core is installed as its authors made it, and the oldest that is supported is 0.19. Where its training loop
+does not do what is needed here, a row of the table puts another value in the place of an attribute, and `applied` puts
+back what was there. Nothing else in the project assigns to an attribute of Megatron or torch, except cpu_device.py:
+that is one stand-in for a whole device, must be in place before Megatron is imported, and stays until the process ends.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import queue
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.datasets import utils as dataset_utils
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import checkpointing, get_args, training
+
+from megatron.pruning.training import cpu_device
+from megatron.pruning.training.strict_loading import checked_dist_load, checked_load, is_dist, one_sentence, source_of
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A row of the table: the attribute `name` of `owner` (a module, class or object) is `value` while it is applied.
+
+    `since` is the version of megatron-core from which the row is needed, and `why` the reason. A row that is not
+    `needed` in this run changes nothing.
+    """
+
+    owner: Any
+    name: str
+    value: Any
+    since: str
+    why: str
+    needed: bool = True
+
+
+def while_parsing(argv: Sequence[str]) -> list[Patch]:
+    """Return the row that holds while Megatron parses the command line `argv`, which is without the program's name."""
+    why = "Megatron's parse_args takes no command line: it reads that of the process."
+    return [Patch(sys, "argv", [sys.argv[0], *argv], "0.19", why)]
+
+
+def while_training(args: argparse.Namespace, config: TransformerConfig) -> list[Patch]:
+    """Return the rows that hold while the stock loop trains a model of this configuration."""
+    return [
+        Patch(
+            training,
+            "load_checkpoint",
+            load_strictly,
+            since="0.19",
+            why="The stock loader warns and trains from random weights where a checkpoint does not fit the model.",
+        ),
+        Patch(
+            dataset_utils,
+            "compile_helpers",
+            lambda: None,
+            since="0.19",
+            why="The stock loop runs make, but the wheel has the helpers built already and no Makefile.",
+            needed=importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None,
+        ),
+        Patch(
+            filesystem_async,
+            "_results_queue",
+            queue.Queue(),
+            since="0.19",
+            why="Megatron starts a process that holds the writer's results, and it takes seconds to import all again.",
+            needed=not args.async_save,
+        ),
+        *(_without_gpu(config) if cpu_device.is_installed() else []),
+    ]
+
+
+def _without_gpu(config: TransformerConfig) -> list[Patch]:
+    return [
+        Patch(
+            config,
+            "deallocate_pipeline_outputs",
+            False,
+            since="0.19",
+            why="gloo may still read a stage's output when Megatron frees it, and virtual pipelines train on nonsense.",
+        ),
+        *(
+            Patch(
+                optimizer,
+                "__init__",
+                functools.partialmethod(optimizer.__init__, fused=True),
+                since="0.19",
+                why="Megatron never asks torch for the Adam that updates a weight in one pass over memory.",
+            )
+            for optimizer in (torch.optim.Adam, torch.optim.AdamW)
+        ),
+    ]
+
+
+def while_loading(models: Sequence[torch.nn.Module], source: Path) -> list[Patch]:
+    """Return the rows that hold while the stock loader reads the checkpoint in `source` into this rank's `models`."""
+    return [
+        Patch(
+            get_args(),
+            "ckpt_format",
+            "torch_dist",
+            since="0.19",
+            why="--ckpt-format says how to save; the stock loader asks it, and not the files, for what to load too.",
+            needed=is_dist(get_args(), source),
+        ),
+        Patch(
+            dist_checkpointing,
+            "load",
+            functools.partial(checked_dist_load, dist_checkpointing.load, source),
+            since="0.19",
+            why="The stock loader compares the names and shapes of all ranks' weights with nothing.",
+        ),
+        *(
+            Patch(
+                model,
+                "load_state_dict",
+                functools.partial(checked_load, model, model.load_state_dict, source),
+                since="0.19",
+                why="Where the strict loading of a torch checkpoint fails, Megatron loads once more and is not strict.",
+            )
+            for model in models
+        ),
+    ]
+
+
+def load_strictly(models: list[Any], *args: Any, **kwargs: Any) -> Any:
+    """Take the place of Megatron's `load_checkpoint`, with its arguments and result: load all of a checkpoint or none.
+
+    Raises ValueError when a weight is missing, is not in this rank's `models` or has another shape there, or when a
+    file is missing or cannot be read.
+    """
+    source = source_of(get_args())
+    if source is None:  # the run starts afresh, see require_checkpoint
+        return checkpointing.load_checkpoint(models, *args, **kwargs)
+    with one_sentence(source), applied(while_loading(models, source)):
+        return checkpointing.load_checkpoint(models, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def applied(patches: Iterable[Patch]) -> Iterator[None]:
+    """Put the needed rows in place inside of the `with`, and put back what was there in the opposite order."""
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            if patch.needed:
+                stack.enter_context(patched(patch.owner, patch.name, patch.value))
+        yield
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let `owner` have `value` under `name` inside of the `with`; what it inherited before, it inherits after again.
+
+    Raises AttributeError where `owner` has nothing of this name: it is a Megatron that the table does not know.
+    """
+    getattr(owner, name)
+    own, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)

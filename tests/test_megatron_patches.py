@@ -1,0 +1,42 @@
+"""What the project changes in Megatron and torch: it holds where it is applied, and what was there comes back."""
+
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron.pruning.training import cpu_device
+from megatron.pruning.training.megatron_patches import Patch, applied, patched, while_training
+
+
+def test_patches_hold_only_where_they_are_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_device, "is_installed", lambda: True)
+    config = SimpleNamespace(deallocate_pipeline_outputs=True)
+    rows = while_training(Namespace(async_save=False), config)
+    before = [vars(row.owner)[row.name] for row in rows]
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2)]
+    optimizers = [torch.optim.AdamW([weights[0]], weight_decay=0.1)]
+    with pytest.raises(EOFError), applied(rows):
+        assert [vars(row.owner)[row.name] for row in rows] == [row.value for row in rows]
+        optimizers.append(torch.optim.AdamW([weights[1]], weight_decay=0.1))
+        raise EOFError
+    assert [vars(row.owner)[row.name] for row in rows] == before
+    assert [optimizer.param_groups[0]["fused"] for optimizer in optimizers] == [None, True]
+    for weight, optimizer in zip(weights, optimizers, strict=True):
+        for step in range(3):
+            weight.grad = torch.cos(weight.detach() * 7 + step)
+            optimizer.step()
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(weights[0], torch.linspace(-1, 1, 50))
+
+
+def test_a_patch_of_one_object_gives_back_what_it_inherits() -> None:
+    model = torch.nn.Linear(2, 2)
+    with patched(model, "extra_repr", len):
+        assert model.extra_repr is len
+    assert "extra_repr" not in vars(model) and model.extra_repr() == torch.nn.Linear(2, 2).extra_repr()
+    with pytest.raises(AttributeError, match="of_another_megatron"), patched(model, "of_another_megatron", len):
+        pass
+    with applied([Patch(model, "extra_repr", len, "0.19", "not needed", needed=False)]):
+        assert "extra_repr" not in vars(model)
