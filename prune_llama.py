@@ -37,18 +37,22 @@ from megatron.pruning.cli.flags import (
     check_model_flags,
     hyphenated,
     layout_from_flags,
+    natural,
     new_parser,
     save_as_asked,
     say_source,
     set_vocabulary,
 )
-from megatron.pruning.cli.pruning_flags import add_pruning_flags, plan_from_flags, shapes_from_flags
+from megatron.pruning.cli.pruning_flags import plan_from_flags, shapes_from_flags
 from megatron.pruning.formats import FORMATS, check_target, open_checkpoint, save_checkpoint
+from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.model.hf_config import hf_export_problem
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.plan.choose import CRITERIA, LAYER_CRITERIA, SEED
+from megatron.pruning.plan.decide import DROP_LAYERS
 from megatron.pruning.plan.figure import plan_figure
-from megatron.pruning.plan.plan import Plan
+from megatron.pruning.plan.plan import PRUNE_TYPES, Plan
 from megatron.pruning.plan.pruned import Pruned
 from megatron.pruning.plan.report import describe
 from megatron.pruning.plan.shapes import Shape, describe_shapes
@@ -56,15 +60,98 @@ from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.processes import World, is_first
 from megatron.pruning.storage.small_files import write_durably
 
+LEAST_TOKENS = 32_768  # that scores must come from
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser("prune_llama.py", __doc__)
     add_checkpoint_flags(parser)
-    add_pruning_flags(parser)
+    add_remain_flags(
+        parser.add_argument_group("what remains", "what is left out stays as it is; at least one change is needed")
+    )
+    add_size_flags(
+        parser.add_argument_group("or only how large", "shapes are proposed and ranked; no _remain flags then")
+    )
+    add_choice_flags(parser.add_argument_group("how it is decided"))
     add_layout_flags(parser)
     add_megatron_flags(parser)
     return parser
+
+
+def add_remain_flags(group: argparse._ArgumentGroup) -> None:
+    """Add a flag for each axis that can be pruned."""
+    for axis in (AXIS[name] for name in PRUNABLE):
+        assert axis.flag is not None  # it can be pruned
+        remain = "remains" if axis.words.endswith("size") else "remain"
+        which = "; --layer-criterion says which" if axis.name == "layers" else ""
+        help = f"{axis.words} that {remain}{which}"
+        group.add_argument(axis.flag, type=int, metavar="N", dest=f"{axis.name}_remain", help=help)
+    group.add_argument(
+        DROP_LAYERS, type=layer_list, default=(), metavar="I,J,...", help="or: which layers are dropped, from 0"
+    )
+
+
+def add_size_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that ask for shapes of a size."""
+    group.add_argument("--target-params", metavar="N", help="parameters, e.g. 3.4B or 700M")
+    group.add_argument("--target-memory", metavar="SIZE", help="bytes of the weights, e.g. 8GB or 7.5GiB")
+    group.add_argument("--target-ratio", type=float, metavar="R", help="share of the parent's parameters, e.g. 0.5")
+    group.add_argument("--shape", type=int, metavar="I", help="take the I-th shape that is proposed")
+    group.add_argument(
+        "--candidates",
+        type=int,
+        metavar="K",
+        help="train each of the first K shapes for --train-iters steps (default 200) on --data-path, or "
+        "--train-data-path and --valid-data-path, with --tokenizer-model; rank them by validation loss",
+    )
+
+
+def add_choice_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how it is decided what is kept."""
+    kept = "; ".join(f"{name}: {criterion.summary}" for name, criterion in CRITERIA.items())
+    dropped = "; ".join(f"{name}: {criterion.summary}" for name, criterion in LAYER_CRITERIA.items())
+    group.add_argument("--criterion", choices=tuple(CRITERIA), help=f"what is kept (default random). {kept}")
+    group.add_argument(
+        "--layer-criterion",
+        choices=tuple(LAYER_CRITERIA),
+        help=f"which layers are dropped, with {AXIS['layers'].flag} (default spaced). {dropped}",
+    )
+    group.add_argument(
+        "--scores", type=Path, metavar="FILE", help="what tools/score_importance.py wrote for this parent"
+    )
+    group.add_argument(
+        "--min-scores-tokens",
+        type=int,
+        default=LEAST_TOKENS,
+        metavar="N",
+        help=f"tokens that scores must come from at least (default {LEAST_TOKENS:,})",
+    )
+    group.add_argument(
+        "--correct-norms",
+        action="store_true",
+        help="scale the norms' gains for the mean square that the dropped hidden channels took away, by --scores",
+    )
+    group.add_argument(
+        "--prune-type",
+        choices=PRUNE_TYPES,
+        help="balance (default): the same number is kept in every tensor-parallel block. unbalance: the best are kept "
+        "wherever they are; shards may come out uneven",
+    )
+    group.add_argument("--seed", type=natural, metavar="S", help=f"seed of the random choice (default {SEED})")
+    group.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of making one")
+    group.add_argument(
+        "--plan-only", action="store_true", help="print the plan, write SAVE.prune_plan.json and .png, and stop"
+    )
+    group.add_argument("--is-prune", action="store_true", help="prune; this is the only mode, older scripts name it")
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """Read a comma-separated list of layer numbers."""
+    try:
+        return tuple(int(item) for item in text.split(",") if item.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer numbers such as 7,13,18") from None
 
 
 def main(argv: Sequence[str]) -> None:

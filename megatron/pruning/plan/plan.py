@@ -27,8 +27,7 @@ LARGEST = 1 << 24  # that an axis may be
 PRUNE_TYPES = ("balance", "unbalance")
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """How a plan was decided, and what its choice is worth by the scores that were seen.
 
     `layer_criterion` is None where the user named the layers, `scores` is the digest of a file that took part.
@@ -40,8 +39,8 @@ class Evidence:
     layer_criterion: str | None = None
     seed: int = SEED
     scores: str | None = None
-    importance_kept: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    balance_tax: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    importance_kept: dict[str, tuple[float, ...]] = {}
+    balance_tax: dict[str, tuple[float, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,13 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan file's content: the same bytes for the same plan."""
-        evidence = self.evidence
         content = _PlanFile(
+            **msgspec.structs.asdict(self.evidence),
             made_by=MADE_BY,
-            criterion=evidence.criterion,
-            layer_criterion=evidence.layer_criterion,
-            seed=evidence.seed,
-            scores=evidence.scores,
             prune_type=self.prune_type,
             tensor_parallel=self.tensor_parallel,
             parent={"fingerprint": self.parent_fingerprint, **self.parent_sizes},
             pruned=self.sizes,
-            importance_kept=dict(evidence.importance_kept),
-            balance_tax=dict(evidence.balance_tax),
             norm_gains=self.norm_gains,
             keep=_Keep(
                 layers=to_ranges(self.layers),
@@ -123,14 +116,7 @@ class Plan:
                 prune_type=content.prune_type,
                 tensor_parallel=content.tensor_parallel,
                 norm_gains=content.norm_gains,
-                evidence=Evidence(
-                    criterion=content.criterion,
-                    layer_criterion=content.layer_criterion,
-                    seed=content.seed,
-                    scores=content.scores,
-                    importance_kept=content.importance_kept,
-                    balance_tax=content.balance_tax,
-                ),
+                evidence=Evidence(**{name: getattr(content, name) for name in Evidence.__struct_fields__}),
             )
             _check_indices(plan)
             _check_ties(plan)
