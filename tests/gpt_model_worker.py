@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder
+from torch.distributed.rendezvous import rendezvous
 
 CPU_FLAGS = """--transformer-impl local --attention-backend unfused --use-cpu-initialization
     --no-gradient-accumulation-fusion --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion
@@ -62,7 +63,6 @@ def rank_file(checkpoint: Path, pipeline: int) -> Path:
 
 def run_job(job: dict[str, Any]) -> float:
     """Return the largest difference between the job's logits and the Megatron model's; loading is strict."""
-    parallel_state.initialize_model_parallel(job["tensor"], job["pipeline"])
     checkpoint = Path(job["checkpoint"])
     model = build(checkpoint)
     with torch.serialization.safe_globals([Namespace]):
@@ -90,18 +90,29 @@ def run_job(job: dict[str, Any]) -> float:
             difference = float((logits - saved["logits"]).abs().max())
     worst = torch.tensor([difference])
     torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
-    parallel_state.destroy_model_parallel()
     return float(worst)
 
 
 def main() -> None:
-    """Run every job, on all processes together."""
-    torch.distributed.init_process_group("gloo")
+    """Run every job, on all processes together, those of one layout after each other.
+
+    Each process group of gloo has threads that end with it, and Megatron makes dozens: no more than one layout's may
+    be there at a time.
+    """
+    store, rank, size = next(rendezvous("env://"))
     path = Path(sys.argv[1])
-    results = [run_job(job) for job in json.loads(path.read_text())]
-    if torch.distributed.get_rank() == 0:
-        path.with_suffix(".results").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    jobs, results = json.loads(path.read_text()), {}
+    for tensor, pipeline in sorted({(job["tensor"], job["pipeline"]) for job in jobs}):
+        own = torch.distributed.PrefixStore(f"{tensor} {pipeline}", store)
+        torch.distributed.init_process_group("gloo", store=own, rank=rank, world_size=size)
+        parallel_state.initialize_model_parallel(tensor, pipeline)
+        for number, job in enumerate(jobs):
+            if (job["tensor"], job["pipeline"]) == (tensor, pipeline):
+                results[number] = run_job(job)
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        path.with_suffix(".results").write_text(json.dumps([results[number] for number in range(len(jobs))]))
 
 
 if __name__ == "__main__":

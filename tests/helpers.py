@@ -151,10 +151,9 @@ def write_documents(prefix: Path, *documents: np.ndarray) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
-def write_repeated(prefix: Path, sample: np.ndarray, times: int) -> np.ndarray:
-    """Write a text of which every window is the same sample; return that window, its next token included."""
+def write_repeated(prefix: Path, sample: np.ndarray, times: int) -> None:
+    """Write a text of which every window is the same sample; the token after it is its first."""
     write_documents(prefix, np.append(np.tile(sample, times), sample[0]))
-    return np.append(sample, sample[0])
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
