@@ -134,12 +134,4 @@ def _detect(path: Path, iteration: int | None) -> Path | None:
     return path if (path / CONFIG_FILE).is_file() and iteration is None else None
 
 
-FORMAT = Format(
-    name="hf",
-    summary="Hugging Face's safetensors",
-    mark=CONFIG_FILE,
-    detect=_detect,
-    open=HfCheckpoint,
-    write=hf_output,
-    parallel=False,
-)
+FORMAT = Format("hf", "Hugging Face's safetensors", CONFIG_FILE, _detect, HfCheckpoint, hf_output, parallel=False)

@@ -221,11 +221,5 @@ def _detect(path: Path, iteration: int | None) -> Path | None:
     return directory if directory is not None and (directory / METADATA).is_file() else None
 
 
-FORMAT = Format(
-    name="torch_dist",
-    summary="Megatron's newer format, one for all layouts",
-    mark=TRACKER,
-    detect=_detect,
-    open=DistCheckpoint,
-    write=dist_output,
-)
+SUMMARY = "Megatron's newer format, one for all layouts"
+FORMAT = Format("torch_dist", SUMMARY, TRACKER, _detect, DistCheckpoint, dist_output)

@@ -240,12 +240,5 @@ def _detect(path: Path, iteration: int | None) -> Path | None:
     return None if directory is None or (directory / METADATA).is_file() else directory
 
 
-FORMAT = Format(
-    name="torch",
-    summary="Megatron-LM's mp_rank_TT[_PPP] shards",
-    mark=TRACKER,
-    detect=_detect,
-    open=TorchCheckpoint,
-    write=torch_output,
-    sharded=True,
-)
+SUMMARY = "Megatron-LM's mp_rank_TT[_PPP] shards"
+FORMAT = Format("torch", SUMMARY, TRACKER, _detect, TorchCheckpoint, torch_output, sharded=True)

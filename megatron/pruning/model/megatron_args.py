@@ -42,24 +42,11 @@ def config_from_args(args: Namespace, where: str) -> LlamaConfig:
         value = getattr(args, name, None)
         return default if value is None else value
 
-    for name, wanted in LLAMA_ARGS.items():
-        if get(name) not in (None, wanted):
-            raise ValueError(f"{where}: its argument {name} is {reprlib.repr(get(name))}, but a Llama's is {wanted!r}")
-    missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if get(name) is None]
-    if missing:
-        raise ValueError(f"{where}: its arguments lack {', '.join(missing)}")
-    features = frozenset(name for name, arg in FEATURE_ARGS.items() if get(arg))
-    if (family := family_with(features)) is None:
-        raise ValueError(f"{where}: no model read here has all of {', '.join(FEATURE_ARGS[name] for name in features)}")
+    family = _family_of(vars(args), where)
     heads, hidden = get("num_attention_heads"), get("hidden_size")
     try:
-        scaling = None
-        if get("use_rope_scaling", False):
-            scaling = {
-                "rope_type": "llama3",
-                "factor": float(get("rope_scaling_factor", DEFAULT_ROPE_FACTOR)),
-                **MEGATRON_ROPE_SCALING,
-            }
+        factor = float(get("rope_scaling_factor", DEFAULT_ROPE_FACTOR))
+        scaling = {"rope_type": "llama3", "factor": factor, **MEGATRON_ROPE_SCALING}
         return LlamaConfig(
             num_layers=get("num_layers"),
             hidden_size=hidden,
@@ -72,12 +59,26 @@ def config_from_args(args: Namespace, where: str) -> LlamaConfig:
             tied=not get("untie_embeddings_and_output_weights", False),
             norm_epsilon=float(get("layernorm_epsilon", get("norm_epsilon", 1e-5))),
             rope_theta=float(get("rotary_base", 10000)),
-            rope_scaling=scaling,
+            rope_scaling=scaling if get("use_rope_scaling", False) else None,
             max_position_embeddings=get("max_position_embeddings", get("seq_length", 4096)),
             family=family,
         )
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: its arguments are not a Llama's: {error}") from error
+
+
+def _family_of(args: Mapping[str, Any], where: str) -> str:
+    """Return the family of these arguments. Raises ValueError when they are not those of a dense Llama."""
+    for name, wanted in LLAMA_ARGS.items():
+        if (found := args.get(name)) not in (None, wanted):
+            raise ValueError(f"{where}: its argument {name} is {reprlib.repr(found)}, but a Llama's is {wanted!r}")
+    missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if args.get(name) is None]
+    if missing:
+        raise ValueError(f"{where}: its arguments lack {', '.join(missing)}")
+    features = frozenset(name for name, arg in FEATURE_ARGS.items() if args.get(arg))
+    if (family := family_with(features)) is None:
+        raise ValueError(f"{where}: no model read here has all of {', '.join(FEATURE_ARGS[name] for name in features)}")
+    return family
 
 
 def model_args(config: LlamaConfig, layout: Layout) -> dict[str, Any]:

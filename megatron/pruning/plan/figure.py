@@ -1,6 +1,7 @@
 """A plan as a picture: what is kept of every layer's heads and ffn and of the hidden size, at a glance."""
 
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,14 +38,7 @@ def plan_figure(plan: Plan) -> bytes:
         axes.set_facecolor("0.85")
         for block in range(1, plan.tensor_parallel):
             axes.axvline(sizes[axis] * block / plan.tensor_parallel, color="white", linewidth=1)
-    bottom = grid[1, 0].get_gridspec()
-    for axes in grid[1]:
-        axes.remove()
-    hidden = figure.add_subplot(bottom[1, :])
-    share = _share(plan.hidden, sizes["hidden"])[None]
-    hidden.imshow(share, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
-                  extent=(0, sizes["hidden"], 0, 1))  # fmt: skip
-    hidden.set(title=f"hidden, in every layer: {len(plan.hidden)} of {sizes['hidden']}", yticks=[])
+    _draw_hidden(figure, grid[1], plan)
     figure.colorbar(image, ax=grid[0, -1], label="share kept")
     criterion = plan.evidence.criterion
     seed = f"seed {plan.evidence.seed}, " if CRITERIA[criterion].seeded else ""
@@ -56,6 +50,19 @@ def plan_figure(plan: Plan) -> bytes:
     figure.savefig(out, format="png", dpi=100)
     plt.close(figure)
     return out.getvalue()
+
+
+def _draw_hidden(figure: Any, row: Any, plan: Plan) -> None:
+    """Draw what is kept of the hidden size over the whole width of the figure's last row."""
+    below = row[0].get_gridspec()
+    for axes in row:
+        axes.remove()
+    size = plan.parent_sizes["hidden"]
+    hidden = figure.add_subplot(below[1, :])
+    share = _share(plan.hidden, size)[None]
+    hidden.imshow(share, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
+                  extent=(0, size, 0, 1))  # fmt: skip
+    hidden.set(title=f"hidden, in every layer: {len(plan.hidden)} of {size}", yticks=[])
 
 
 def _share(index: NDArray[np.intp], size: int) -> NDArray[np.float64]:
