@@ -230,29 +230,31 @@ def test_mistake_of_all_ranks_is_said_once(folder: Path) -> None:
     assert "UserWarning" not in run.log
 
 
+FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
+
+
 def damage(folder: Path, name: str, source: str, change: str) -> None:
     """Copy a checkpoint and spoil the copy."""
     shutil.copytree(folder / source, folder / name)
     step = folder / name / f"iter_{STEPS:07d}"
+    path = step / "mp_rank_00" / "model_optim_rng.pt"
     if change == "no iteration":
         shutil.rmtree(step)
     elif change == "no shard":
         next(step.glob("*.distcp")).unlink()
     elif change == "no file":
-        (step / "mp_rank_00" / "model_optim_rng.pt").unlink()
+        path.unlink()
     elif change == "truncated":
-        path = step / "mp_rank_00" / "model_optim_rng.pt"
         path.write_bytes(path.read_bytes()[:20_000])
     else:
-        path = step / "mp_rank_00" / "model_optim_rng.pt"
         content = load_whole(path)
-        key = "decoder.layers.1.mlp.linear_fc2.weight"
+        model = content["model"]
         if change == "missing weight":
-            del content["model"][key]
+            del model[FC2]
         elif change == "other shape":
-            content["model"][key] = content["model"][key][:, :-1].clone()
+            model[FC2] = model[FC2][:, :-1].clone()
         elif change == "extra weight":
-            content["model"]["decoder.layers.9.mlp.linear_fc2.weight"] = content["model"][key]
+            model["decoder.layers.9.mlp.linear_fc2.weight"] = model[FC2]
         torch.save(content, path)
 
 
@@ -262,9 +264,6 @@ def refused(forker: StockLoop, name: str, words: str, sentence: str) -> None:
     assert run.code == 1, run.log[-2000:]
     assert sentence in run.error
     assert not run.losses and "Traceback" not in run.log
-
-
-FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
 
 
 @pytest.mark.parametrize(
@@ -279,9 +278,8 @@ FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
         ("no shard", "cannot load the checkpoint in no_shard"),
     ],
 )
-def test_damaged_checkpoint_is_refused_in_one_sentence(
-    folder: Path, forker: StockLoop, trained: dict[str, Run], change: str, sentence: str
-) -> None:
+@pytest.mark.usefixtures("trained")
+def test_damaged_checkpoint_is_refused(folder: Path, forker: StockLoop, change: str, sentence: str) -> None:
     name = change.replace(" ", "_")
     damage(folder, name, "dist" if change == "no shard" else "whole", change)
     refused(forker, name, f"{MODEL} {TRAINING} {DATA} --finetune --load {name}", sentence)
@@ -311,9 +309,8 @@ TUNED = f"{MODEL} {TRAINING} {DATA} --finetune --load dist"
         (f"{TUNED} --save more --use-distributed-optimizer", "cannot resume without TransformerEngine or apex"),
     ],
 )
-def test_flags_that_do_not_fit_are_refused_in_one_sentence(
-    forker: StockLoop, trained: dict[str, Run], words: str, sentence: str
-) -> None:
+@pytest.mark.usefixtures("trained")
+def test_flags_that_do_not_fit_are_refused_in_one_sentence(forker: StockLoop, words: str, sentence: str) -> None:
     refused(forker, "refused", words, sentence)
 
 

@@ -29,15 +29,9 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     if cpu_device.is_installed():
         cpu_device.add_defaults(parser)
     group = parser.add_argument_group("distillation")
-    group.add_argument(
-        "--teacher-load", metavar="DIR", help="the teacher: a checkpoint of any format, shape and layout"
-    )
-    group.add_argument(
-        "--kd-alpha", type=float, metavar="A", help="the loss is A * kd loss + (1 - A) * lm loss (default 1.0)"
-    )
-    group.add_argument(
-        "--kd-temperature", type=float, metavar="T", help="the temperature of teacher and student (default 1.0)"
-    )
+    group.add_argument("--teacher-load", metavar="DIR", help="a checkpoint of any format, shape and layout")
+    group.add_argument("--kd-alpha", type=float, metavar="A", help="loss = A * kd loss + (1 - A) * lm loss (default 1)")
+    group.add_argument("--kd-temperature", type=float, metavar="T", help="divides both models' logits (default 1)")
     return parser
 
 
