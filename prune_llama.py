@@ -49,10 +49,10 @@ from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.model.hf_config import hf_export_problem
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.plan.choose import CRITERIA, LAYER_CRITERIA, SEED
+from megatron.pruning.plan.choose import CRITERIA, CRITERION, LAYER_CRITERIA, LAYER_CRITERION, SEED
 from megatron.pruning.plan.decide import DROP_LAYERS
 from megatron.pruning.plan.figure import plan_figure
-from megatron.pruning.plan.plan import PRUNE_TYPES, Plan
+from megatron.pruning.plan.plan import PRUNE_TYPES, UNBALANCE, Plan
 from megatron.pruning.plan.pruned import Pruned
 from megatron.pruning.plan.report import describe
 from megatron.pruning.plan.shapes import Shape, describe_shapes
@@ -111,18 +111,18 @@ def add_choice_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say how it is decided what is kept."""
     kept = "; ".join(f"{name}: {criterion.summary}" for name, criterion in CRITERIA.items())
     dropped = "; ".join(f"{name}: {criterion.summary}" for name, criterion in LAYER_CRITERIA.items())
-    group.add_argument("--criterion", choices=tuple(CRITERIA), help=f"what is kept (default random). {kept}")
+    group.add_argument("--criterion", choices=tuple(CRITERIA), help=f"what is kept (default {CRITERION}). {kept}")
     group.add_argument(
         "--layer-criterion",
         choices=tuple(LAYER_CRITERIA),
-        help=f"which layers are dropped, with {AXIS['layers'].flag} (default spaced). {dropped}",
+        help=f"which layers are dropped, with {AXIS['layers'].flag} (default {LAYER_CRITERION}). {dropped}",
     )
     group.add_argument(
         "--scores", type=Path, metavar="FILE", help="what tools/score_importance.py wrote for this parent"
     )
     group.add_argument(
         "--min-scores-tokens",
-        type=int,
+        type=natural,
         default=LEAST_TOKENS,
         metavar="N",
         help=f"tokens that scores must come from at least (default {LEAST_TOKENS:,})",
@@ -177,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
             write_plan(args.save, plan)
     if not args.plan_only:
         save_as_asked(pruned, args, layout, world, beside={PLAN_FILE: plan.to_json().encode()})
-        if world.rank == 0 and FORMATS[args.format].sharded and plan.prune_type == "unbalance" and layout.tensor > 1:
+        if world.rank == 0 and FORMATS[args.format].sharded and plan.prune_type == UNBALANCE and layout.tensor > 1:
             print("its shards may be uneven: merge or re-split them with scripts/transfer.sh before training")
     world.leave()
 

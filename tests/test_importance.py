@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import convert, make_llama, plan_of, prune, tensors
+from safetensors.torch import save_file
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.plan.choose import spaced
@@ -64,3 +65,13 @@ def test_layers_that_need_not_be_named_are_dropped_evenly(gqa: Path, tmp_path: P
         prune(gqa, tmp_path / "q", "--num-layers-remain=5")
     with pytest.raises(ValueError, match="both say which layers remain"):
         prune(gqa, tmp_path / "q", "--num-layers-remain=2", "--drop-layers=1")
+
+
+def test_weights_that_are_no_numbers_have_no_magnitude(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", "gqa")
+    state = tensors(source)
+    state["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(state, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers.2.mlp.up_proj.weight holds NaN or infinities"):
+        prune(source, tmp_path / "p", "--criterion=magnitude", "--ffn-hidden-size-remain=40", "--plan-only")
+    assert not (tmp_path / "p.prune_plan.json").exists()

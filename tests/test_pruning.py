@@ -140,8 +140,8 @@ def test_plan_is_refused_on_another_parent_and_when_tampered_with(gqa: Path, tmp
     with pytest.raises(ValueError, match="keeps ffn 40, but the flags ask for 32"):
         prune(gqa, tmp_path / "y", "--plan", str(file), "--ffn-hidden-size-remain=32")
     prune(gqa, tmp_path / "z", "--drop-layers=1", "--plan-only")
-    with pytest.raises(ValueError, match=r"keeps layers 0,2-3, but the flags drop \(2,\)"):
-        prune(gqa, tmp_path / "y", "--plan", str(tmp_path / "z.prune_plan.json"), "--drop-layers=2")
+    with pytest.raises(ValueError, match=r"drops layers \[1\], but the flags \(1, 2\)"):
+        prune(gqa, tmp_path / "y", "--plan", str(tmp_path / "z.prune_plan.json"), "--drop-layers=1,2")
     with pytest.raises(ValueError, match="corrects no norms, but the flags say --correct-norms"):
         prune(gqa, tmp_path / "y", "--plan", str(file), "--correct-norms")
     with pytest.raises(ValueError, match="keeps layers 4, but the flags ask for 0"):
@@ -155,7 +155,12 @@ def test_plan_is_refused_on_another_parent_and_when_tampered_with(gqa: Path, tmp
     for change, message in (
         (lambda c: c["keep"].update(hidden="0-99"), "must ascend within 0-39"),
         (lambda c: c["keep"]["per_layer"][0].update(heads="0-6"), "same number of its own heads|kept in one layer"),
-        (lambda c: c["keep"]["per_layer"].pop(), "for 3 layers, but 4 are kept"),
+        (lambda c: c["keep"]["per_layer"].pop(), "per_layer is not of the layers 0-3, in their order"),
+        (lambda c: c["keep"]["per_layer"].reverse(), "per_layer is not of the layers 0-3, in their order"),
+        (lambda c: c["keep"]["per_layer"][2].pop("ffn"), r"keep.per_layer\[2\].ffn is missing"),
+        (lambda c: c["keep"].update(hidden="0-x"), "'0-x' is not a range of indices such as 0-3"),
+        (lambda c: c["pruned"].update(hidden=7), "says that the pruned model is"),
+        (lambda c: c.pop("version"), "version is missing"),
         (lambda c: c.update(version=99), "version 99"),
         (lambda c: c.pop("keep"), "not a pruning plan"),
         (lambda c: c["keep"].update(layers="0-99999999999"), "not a range"),

@@ -114,3 +114,9 @@ def test_candidates_are_trained_and_ranked(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out.candidates").iterdir()) == [
         "losses.json", "shape1.log", "shape2.log",
     ]  # fmt: skip
+
+
+def test_an_ffn_narrower_than_its_steps_over_the_ranks_stays_as_it_is() -> None:
+    config = LlamaConfig(12, 1024, 512, 16, 16, 64, 32000)
+    shapes = propose(config, config.parameters * 0.7, Layout(16))
+    assert shapes and all(shape.sizes["ffn"] == 512 for shape in shapes)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron.pruning.cli.entry import run
-from megatron.pruning.cli.flags import hyphenated, new_parser
+from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     parser = new_parser("generate.py", __doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to add to each prompt (default 64)")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="tokens to add to each prompt (default 64)")
     return parser
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import matplotlib
 import matplotlib.ticker
 
+from megatron.pruning.cli.flags import positive
+
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
@@ -53,24 +55,21 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         type=named,
         metavar="NAME=PATH",
-        help="directory or log; may be repeated",
+        help="TensorBoard directory or log of a training; may be repeated",
     )
-    parser.add_argument("--line", action="append", default=[], type=level, metavar="NAME=LOSS", help="may be repeated")
-    parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens a sample: count tokens on the x axis")
-    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="average N points of the training loss")
+    parser.add_argument(
+        "--line", action="append", default=[], type=level, metavar="NAME=LOSS", help="horizontal line; may be repeated"
+    )
+    parser.add_argument(
+        "--sequence-length", type=positive, metavar="N", help="tokens a sample: count tokens on the x axis"
+    )
+    parser.add_argument(
+        "--smooth", type=positive, default=1, metavar="N", help="points of the training loss to average (default 1)"
+    )
     parser.add_argument("--ylim", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the y axis")
-    parser.add_argument("--title", default="", help="above the plot")
+    parser.add_argument("--title", default="", help="title above the plot")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf")
     return parser
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
-    flags = parser()
-    args = flags.parse_args(hyphenated(argv))
-    if args.smooth < 1:
-        flags.error("--smooth must be at least 1")
-    return args
 
 
 def named(text: str) -> tuple[str, str]:

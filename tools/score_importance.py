@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     parser = new_parser("score_importance.py", __doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="checkpoint of any format")
     parser.add_argument(
-        "--iteration", type=int, metavar="N", help="iteration of a Megatron source (default: the latest)"
+        "--iteration", type=natural, metavar="N", help="iteration of a Megatron source (default: the latest)"
     )
     parser.add_argument(
         "--data", type=Path, required=True, metavar="PREFIX", help="text: PREFIX.bin and .idx, or a .jsonl file"

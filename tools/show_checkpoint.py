@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.pruning.cli.entry import run
-from megatron.pruning.cli.flags import hyphenated, new_parser
+from megatron.pruning.cli.flags import hyphenated, natural, new_parser
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.storage.manifest import MANIFEST, read_manifest, verify
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     parser = new_parser("show_checkpoint.py", __doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of any format")
     parser.add_argument(
-        "--iteration", type=int, metavar="N", help="iteration of a Megatron checkpoint (default: the latest)"
+        "--iteration", type=natural, metavar="N", help="iteration of a Megatron checkpoint (default: the latest)"
     )
     parser.add_argument("--weights", action="store_true", help="list every logical weight: shape, dtype, L2 norm")
     parser.add_argument("--verify", action="store_true", help=f"check all files against {MANIFEST}")

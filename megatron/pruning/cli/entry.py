@@ -24,7 +24,7 @@ def run(main: Callable[[Sequence[str]], None], left: str = "nothing was left beh
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        if not is_first() and not World.joined:
+        if count() > 1 and not is_first() and not World.joined:
             _let_rank_0_speak()
         _end(str(error), 1)
     except OSError as error:

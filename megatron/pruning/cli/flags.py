@@ -81,9 +81,9 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoints")
     group.add_argument("--load", type=Path, required=True, metavar="DIR", help="source; its format is detected")
     group.add_argument(
-        "--iteration", type=int, metavar="N", help="iteration of a Megatron source (default: the latest)"
+        "--iteration", type=natural, metavar="N", help="iteration of a Megatron source (default: the latest)"
     )
-    group.add_argument("--save", type=Path, required=True, metavar="DIR", help="target; it must not exist")
+    group.add_argument("--save", type=Path, required=True, metavar="DIR", help="target; it must not exist, or be empty")
     group.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --save")
     group.add_argument(
         "--format", choices=tuple(FORMATS), default="torch", help=f"format of the target (default torch). {formats}"
@@ -108,7 +108,9 @@ def set_vocabulary(source: Checkpoint, args: argparse.Namespace) -> None:
     """
     if args.vocab_size is None:
         return
-    size, rows = int(_number("vocab_size", args.vocab_size)), source.config.vocab_size
+    if not args.vocab_size.isdecimal():
+        raise ValueError(f"--vocab-size {args.vocab_size}: not a whole number")
+    size, rows = int(args.vocab_size), source.config.vocab_size
     if source.vocab_is_known and size != rows:
         raise ValueError(f"--vocab-size {size} disagrees with {source.path}, whose model has {rows}")
     if not 1 <= size <= rows:
@@ -156,7 +158,7 @@ def save_as_asked(
 def add_layout_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name the target's layout; left out, the source's layout is kept."""
     group = parser.add_argument_group(
-        "layout of the target", "default: the source's, or 1 x 1 of a Hugging Face source"
+        "layout of the target", "default: the source's, or 1 x 1 where source or target has none"
     )
     group.add_argument("--tensor-model-parallel-size", type=int, metavar="N", help="tensor-parallel ranks")
     group.add_argument("--pipeline-model-parallel-size", type=int, metavar="M", help="pipeline-parallel ranks")

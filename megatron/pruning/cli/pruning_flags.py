@@ -1,13 +1,15 @@
 """What prune_llama.py's command line asks for: a request, a plan file, or shapes of a size."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron.pruning.model.axes import PRUNABLE
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.plan.choose import CRITERIA, LAYER_CRITERIA, Criterion, LayerCriterion
 from megatron.pruning.plan.decide import REMAIN_FLAGS, PruneRequest, decide
-from megatron.pruning.plan.plan import Plan, to_ranges
+from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.scores import digest, read_for
 from megatron.pruning.plan.shapes import Shape, parse_bytes, parse_count, propose
 from megatron.pruning.storage.dtypes import BYTES
@@ -40,11 +42,15 @@ def plan_from_flags(args: argparse.Namespace, parent: Checkpoint, layout: Layout
     if args.scores is not None:
         if not request.uses_scores:
             raise ValueError(
-                f"--scores {args.scores} would not be used: add --criterion activation, or a --layer-criterion that "
-                "takes them"
+                f"--scores {args.scores} would not be used: add --criterion {_taking(CRITERIA)}, or "
+                f"--layer-criterion {_taking(LAYER_CRITERIA)}"
             )
         scores = read_for(args.scores, fingerprint(parent), parent.path, parent.config.sizes, args.min_scores_tokens)
     return decide(request, parent, scores)
+
+
+def _taking(criteria: Mapping[str, Criterion] | Mapping[str, LayerCriterion]) -> str:
+    return " or ".join(name for name, criterion in criteria.items() if criterion.needs_scores)
 
 
 def _read_plan(path: Path, request: PruneRequest, parent: Checkpoint, scores: str | None) -> Plan:
@@ -68,10 +74,8 @@ def _read_plan(path: Path, request: PruneRequest, parent: Checkpoint, scores: st
             raise ValueError(f"--plan {path} keeps {axis} {plan.sizes[axis]}, but the flags ask for {size}")
     if request.correct_norms and not plan.norm_gains:
         raise ValueError(f"--plan {path} corrects no norms, but the flags say --correct-norms")
-    if set(request.drop_layers) & set(plan.layers.tolist()):
-        raise ValueError(
-            f"--plan {path} keeps layers {to_ranges(plan.layers)}, but the flags drop {request.drop_layers}"
-        )
+    if request.drop_layers and sorted(request.drop_layers) != plan.dropped_layers:
+        raise ValueError(f"--plan {path} drops layers {plan.dropped_layers}, but the flags {request.drop_layers}")
     return plan
 
 

@@ -56,8 +56,8 @@ def save_checkpoint(
     """Write `checkpoint` to the directory `path`, which appears complete or not at all.
 
     `layout`, `dtype` and `transformer_impl` are those of `SaveOptions`; `beside` are small files to lay beside the
-    weights. Raises ValueError, before anything is written, for a layout that
-    does not fit or a `path` not to be replaced.
+    weights. Raises ValueError, before anything is written, for a layout that does not fit or a `path` not to be
+    replaced.
     """
     _check_apart(checkpoint, path)
     if format not in FORMATS:

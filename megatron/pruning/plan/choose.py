@@ -16,7 +16,10 @@ from megatron.pruning.plan.magnitude import magnitude
 from megatron.pruning.plan.scores import Array, AxisScores, Scores
 from megatron.pruning.storage.views import Index
 
-SEED = 1234  # of a random choice, unless asked for another
+# What holds unless something else is asked for: the seed of a random choice, and the two criteria.
+SEED = 1234
+CRITERION = "random"
+LAYER_CRITERION = "spaced"
 
 
 def random(parent: Checkpoint, seed: int, _: Scores | None) -> AxisScores:

@@ -9,8 +9,16 @@ from megatron.pruning.model.axes import AXIS, CHOSEN, PER_LAYER, PRUNABLE
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.plan.choose import CRITERIA, LAYER_CRITERIA, SEED, best, best_in_groups
-from megatron.pruning.plan.plan import Evidence, Plan, check_layout
+from megatron.pruning.plan.choose import (
+    CRITERIA,
+    CRITERION,
+    LAYER_CRITERIA,
+    LAYER_CRITERION,
+    SEED,
+    best,
+    best_in_groups,
+)
+from megatron.pruning.plan.plan import BALANCE, PRUNE_TYPE, Evidence, Plan, check_layout
 from megatron.pruning.plan.scores import Array, AxisScores, Scores
 from megatron.pruning.storage.views import Index
 
@@ -40,8 +48,10 @@ class PruneRequest:
     def uses_scores(self) -> list[str]:
         """Flags that cannot do without scores."""
         needing = {
-            f"--criterion {self.criterion}": CRITERIA[self.criterion or "random"].needs_scores,
-            f"--layer-criterion {self.layer_criterion}": LAYER_CRITERIA[self.layer_criterion or "spaced"].needs_scores,
+            f"--criterion {self.criterion}": CRITERIA[self.criterion or CRITERION].needs_scores,
+            f"--layer-criterion {self.layer_criterion}": LAYER_CRITERIA[
+                self.layer_criterion or LAYER_CRITERION
+            ].needs_scores,
             "--correct-norms": self.correct_norms,
         }
         return [flag for flag, needs in needing.items() if needs]
@@ -50,17 +60,17 @@ class PruneRequest:
 def decide(request: PruneRequest, parent: Checkpoint, scores: Scores | None = None) -> Plan:
     """Decide what is kept. Raises ValueError for every request that `parent`, its layout or its scores cannot give."""
     config = parent.config
-    for flag in request.uses_scores if scores is None else ():
-        raise ValueError(f"{flag} needs --scores FILE, which tools/score_importance.py makes from text")
+    if scores is None and (flags := request.uses_scores):
+        raise ValueError(f"{flags[0]} needs --scores FILE, which tools/score_importance.py makes from text")
     dropped = _layers_to_drop(request, config.num_layers, scores)
     sizes = pruned_sizes(request, config, dropped)
     # Everything is refused before the weights are read for a criterion's sake.
-    prune_type, seed = request.prune_type or "balance", SEED if request.seed is None else request.seed
+    prune_type, seed = request.prune_type or PRUNE_TYPE, SEED if request.seed is None else request.seed
     check_layout(sizes, config.sizes, request.layout, prune_type)
-    name = request.criterion or "random"
+    name = request.criterion or CRITERION
     axis_scores = CRITERIA[name].of(parent, seed, scores)
     layers = np.array([layer for layer in range(config.num_layers) if layer not in dropped], dtype=np.intp)
-    blocks = request.layout.tensor if prune_type == "balance" else 1
+    blocks = request.layout.tensor if prune_type == BALANCE else 1
     kept = _choose(config, sizes, layers, axis_scores, blocks)
     shares = {} if CRITERIA[name].seeded else _scores_of_pruned(config, sizes, layers, axis_scores)
     gains = scores.norm_gains(layers, kept["hidden"][0]) if request.correct_norms and scores is not None else ()
@@ -75,7 +85,7 @@ def decide(request: PruneRequest, parent: Checkpoint, scores: Scores | None = No
         norm_gains=gains,
         evidence=Evidence(
             criterion=name,
-            layer_criterion=(request.layer_criterion or "spaced") if "layers" in request.remain else None,
+            layer_criterion=(request.layer_criterion or LAYER_CRITERION) if "layers" in request.remain else None,
             seed=seed,
             scores=scores.digest if scores else None,
             importance_kept=_by_layer(shares, kept, _share),
@@ -99,7 +109,7 @@ def _layers_to_drop(request: PruneRequest, layers: int, scores: Scores | None) -
         raise ValueError(f"{AXIS['layers'].flag} {keep} must lie between 1 and the parent's {layers}")
     if keep == layers:
         return ()
-    return LAYER_CRITERIA[request.layer_criterion or "spaced"].drop(layers, layers - keep, scores)
+    return LAYER_CRITERIA[request.layer_criterion or LAYER_CRITERION].drop(layers, layers - keep, scores)
 
 
 def pruned_sizes(request: PruneRequest, config: LlamaConfig, dropped: tuple[int, ...]) -> dict[str, int]:

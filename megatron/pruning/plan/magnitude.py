@@ -34,6 +34,8 @@ def magnitude(parent: Checkpoint, seed: int = 0, scores: Scores | None = None) -
                     key = name, layer if AXIS[name].per_layer else None
                     along = grid.sum(axis=tuple(j for j in range(len(names)) if j != i))
                     squares[key] = squares.get(key, np.zeros(sizes[name])) + along
+        if not np.isfinite(totals).all():
+            raise ValueError(f"{parent.path}: {row.hf_key(layer)} holds NaN or infinities, which have no magnitude")
     progress.close()
     for layer in range(sizes["layers"]):
         squares["groups", layer] += squares["heads", layer].reshape(sizes["groups"], -1).sum(axis=1)

@@ -5,6 +5,7 @@ can be read, kept, and applied again. Index sets are written as ranges ("0-3,5")
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -16,15 +17,18 @@ from megatron.pruning import __version__
 from megatron.pruning.model.axes import AXIS, PER_LAYER
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.plan.choose import CRITERIA, LAYER_CRITERIA, SEED
+from megatron.pruning.plan.choose import CRITERIA, CRITERION, LAYER_CRITERIA, SEED
 from megatron.pruning.plan.scores import OTHER_MODEL
 from megatron.pruning.storage.small_files import parse_as
 from megatron.pruning.storage.views import Index
 
 VERSION = 1
 MADE_BY = f"megatron-llama-pruning {__version__}"
-LARGEST = 1 << 24  # that an axis may be
-PRUNE_TYPES = ("balance", "unbalance")
+LARGEST = max(axis.limit for axis in AXIS.values())
+BALANCE = "balance"
+UNBALANCE = "unbalance"
+PRUNE_TYPES = (BALANCE, UNBALANCE)
+PRUNE_TYPE = BALANCE  # unless asked for the other
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +39,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     by axis and kept layer.
     """
 
-    criterion: str = "random"
+    criterion: str = CRITERION
     layer_criterion: str | None = None
     seed: int = SEED
     scores: str | None = None
@@ -57,7 +61,7 @@ class Plan:
     ffn: tuple[Index, ...]
     parent_sizes: Mapping[str, int]
     parent_fingerprint: str
-    prune_type: str = "balance"
+    prune_type: str = PRUNE_TYPE
     tensor_parallel: int = 1
     norm_gains: tuple[float, ...] = ()
     evidence: Evidence = field(default_factory=Evidence)
@@ -81,6 +85,7 @@ class Plan:
     def to_json(self) -> str:
         """Return the plan file's content: the same bytes for the same plan."""
         content = _PlanFile(
+            version=VERSION,
             **msgspec.structs.asdict(self.evidence),
             made_by=MADE_BY,
             prune_type=self.prune_type,
@@ -112,15 +117,19 @@ class Plan:
                 hidden=from_ranges(keep.hidden),
                 **{axis: tuple(from_ranges(getattr(entry, axis)) for entry in keep.per_layer) for axis in PER_LAYER},
                 parent_fingerprint=str(parent.pop("fingerprint", "")),
-                parent_sizes={axis: _size(size) for axis, size in parent.items()},
+                parent_sizes={axis: _size(axis, size) for axis, size in parent.items()},
                 prune_type=content.prune_type,
                 tensor_parallel=content.tensor_parallel,
                 norm_gains=content.norm_gains,
                 evidence=Evidence(**{name: getattr(content, name) for name in Evidence.__struct_fields__}),
             )
+            if [entry.layer for entry in keep.per_layer] != plan.layers.tolist():
+                raise ValueError(f"keep.per_layer is not of the layers {keep.layers[:60]}, in their order")
             _check_indices(plan)
             _check_ties(plan)
             _check_evidence(plan)
+            if content.pruned not in ({}, plan.sizes):
+                raise ValueError(f"it says that the pruned model is {content.pruned}, but keeps {plan.sizes}")
         except ValueError as error:
             raise ValueError(f"{where} is not a valid plan: {error}") from error
         return plan
@@ -156,7 +165,7 @@ class _Keep(msgspec.Struct):
 
 
 class _PlanFile(msgspec.Struct, kw_only=True):
-    version: int = VERSION
+    version: int
     made_by: str = ""
     criterion: str
     layer_criterion: str | None = None
@@ -172,8 +181,8 @@ class _PlanFile(msgspec.Struct, kw_only=True):
     keep: _Keep
 
 
-def _size(size: int | str) -> int:
-    if not isinstance(size, int) or not 1 <= size <= LARGEST:
+def _size(axis: str, size: int | str) -> int:
+    if axis not in AXIS or not isinstance(size, int) or not 1 <= size <= AXIS[axis].limit:
         raise ValueError(f"the parent's sizes must be of {', '.join(AXIS)}, from 1 to {LARGEST}")
     return size
 
@@ -223,11 +232,11 @@ def _check_evidence(plan: Plan) -> None:
 
 
 def check_layout(
-    sizes: Mapping[str, int], parent: Mapping[str, int], layout: Layout, prune_type: str = "balance"
+    sizes: Mapping[str, int], parent: Mapping[str, int], layout: Layout, prune_type: str = PRUNE_TYPE
 ) -> None:
     """Raise ValueError unless the parent and, when balanced, the pruned model divide over the ranks of `layout`."""
     layout.check_split(parent, "the parent's")
-    if prune_type == "balance":
+    if prune_type == BALANCE:
         layout.check_split(sizes, "the pruned model's")
     layout.check_stages(sizes, "the pruned model's")
 
@@ -246,8 +255,10 @@ def from_ranges(text: str) -> Index:
     """Read what `to_ranges` wrote."""
     parts, before = [], -1
     for item in text.split(","):
-        first, _, last = item.partition("-")
-        start, stop = int(first), int(last or first)
+        match = re.fullmatch(r"([0-9]{1,8})(?:-([0-9]{1,8}))?", item)
+        if match is None:
+            raise ValueError(f"{item[:40]!r} is not a range of indices such as 0-3")
+        start, stop = int(match[1]), int(match[2] or match[1])
         if not before < start <= stop < LARGEST:  # ascending, so that all of them together are not too many either
             raise ValueError(f"{item[:40]!r} is not a range of indices above {before}")
         parts.append(np.arange(start, stop + 1))

@@ -5,7 +5,7 @@ import numpy as np
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.weights import WeightRow, kept_elements
-from megatron.pruning.plan.plan import Plan, check_layout
+from megatron.pruning.plan.plan import BALANCE, UNBALANCE, Plan, check_layout
 from megatron.pruning.storage.views import Bits, Index, View, cast, take
 
 NORMS = ("attn_norm", "mlp_norm", "final_norm")  # in the order of a plan's `norm_gains`: two a layer, one at the end
@@ -49,14 +49,14 @@ class Pruned(Checkpoint):
 
     def boundaries(self, axis: str, layer: int, tensor: int) -> list[int]:
         """Even blocks; after an unbalanced pruning for this many ranks, each rank keeps what fell into its block."""
-        if self.plan.prune_type == "balance" or tensor != self.plan.tensor_parallel:
+        if self.plan.prune_type == BALANCE or tensor != self.plan.tensor_parallel:
             return super().boundaries(axis, layer, tensor)
         edges = [self.parent.config.sizes[axis] * rank // tensor for rank in range(tensor + 1)]
         return [int(bound) for bound in np.searchsorted(self.plan.keep(layer)[axis], edges)]
 
     def check_layout(self, layout: Layout) -> None:
-        unbalanced = self.plan.prune_type == "unbalance" and layout.tensor == self.plan.tensor_parallel
-        check_layout(self.config.sizes, self.parent.config.sizes, layout, "unbalance" if unbalanced else "balance")
+        unbalanced = self.plan.prune_type == UNBALANCE and layout.tensor == self.plan.tensor_parallel
+        check_layout(self.config.sizes, self.parent.config.sizes, layout, UNBALANCE if unbalanced else BALANCE)
 
     def carried_files(self) -> dict[str, bytes]:
         return self.parent.carried_files()

@@ -25,12 +25,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.pruning.model.axes import PRUNABLE
+from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.storage.small_files import parse_as, write_durably
 
 VERSION = 1
 OTHER_MODEL = "the same shape, other weights or another dtype"
-_FACTS = "calibration"  # the key of the file's metadata that has them
+_FACTS = "calibration"  # the key that the file's metadata has for them, a part of the format
 
 Array = NDArray[np.float64]
 # The scores of one axis in one layer (None: of an axis that all layers share); higher is better.
@@ -72,8 +72,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     sizes: dict[str, int]
 
     def __post_init__(self) -> None:
-        if sorted(self.sizes) != sorted(PRUNABLE) or not all(1 <= size <= 1 << 24 for size in self.sizes.values()):
-            raise ValueError(f"its sizes must be of {', '.join(PRUNABLE)}, from 1 to {1 << 24}")
+        sizes = self.sizes
+        if sorted(sizes) != sorted(PRUNABLE) or not all(1 <= size <= AXIS[axis].limit for axis, size in sizes.items()):
+            raise ValueError(f"its sizes must be of {', '.join(PRUNABLE)}, from 1 to what a model may have")
         if not 0 <= self.sequences <= self.sequences_wanted or not 0 <= self.loss_sequences <= self.sequences_wanted:
             raise ValueError(
                 f"it says that {self.sequences} and {self.loss_sequences} of {self.sequences_wanted} are in"

@@ -93,7 +93,7 @@ def propose(config: LlamaConfig, wanted: float, layout: Layout, ceiling: bool = 
 def _all(config: LlamaConfig, wanted: float, layout: Layout, ceiling: bool) -> Iterator[Shape]:
     """Yield every hidden size, heads and layers in reach, each with the ffn that comes nearest to `wanted`."""
     parent = config.sizes
-    ffn_step = step(parent["ffn"], 64) * layout.tensor
+    ffn_step = min(step(parent["ffn"], 64) * layout.tensor, parent["ffn"])
     widest = parent["ffn"] // ffn_step
     narrowest = min(math.ceil(parent["ffn"] * SMALLEST["ffn"] / ffn_step), widest)
     strict = hf_export_problem(config) is None

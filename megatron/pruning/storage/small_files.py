@@ -43,9 +43,9 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, and could not be written
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not JSON: {error}") from error
+        raise ValueError(f"{what}: it is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{what} holds {type(value).__name__}, not an object")
+        raise ValueError(f"{what}: it holds {type(value).__name__}, not an object")
     return value
 
 
