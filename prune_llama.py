@@ -157,7 +157,9 @@ def layer_list(text: str) -> tuple[int, ...]:
 def main(argv: Sequence[str]) -> None:
     """Propose shapes if only a size was asked for; decide on a plan and show it; write the plan or the checkpoint."""
     args = parser().parse_args(hyphenated(argv))
-    if not args.plan_only:
+    if args.plan_only:
+        absolute(args.save)
+    else:
         check_target(args.save, args.overwrite)
     parent = open_checkpoint(args.load, args.iteration)
     set_vocabulary(parent, args)

@@ -161,6 +161,7 @@ def test_plan_is_refused_on_another_parent_and_when_tampered_with(gqa: Path, tmp
         (lambda c: c["keep"].update(hidden="0-x"), "'0-x' is not a range of indices such as 0-3"),
         (lambda c: c["pruned"].update(hidden=7), "says that the pruned model is"),
         (lambda c: c.pop("version"), "version is missing"),
+        (lambda c: c.update(tensor_parallel=3000), "tensor_parallel 3000 does not divide the parent's groups and ffn"),
         (lambda c: c.update(version=99), "version 99"),
         (lambda c: c.pop("keep"), "not a pruning plan"),
         (lambda c: c["keep"].update(layers="0-99999999999"), "not a range"),

@@ -48,12 +48,8 @@ def measure(
 ) -> list[float]:
     """Prune to each shape, train it on, print the ranking; return the losses by shape.
 
-    Args:
-        shapes: proposals, numbered from 1 for the user.
-        save: beside it the work is done, in SAVE.candidates; logs and the ranking stay there.
-        args: the command line, with the stock loop's own flags.
-        prune: writes the checkpoint of a shape to a path.
-
+    `shapes` are numbered from 1 for the user. The work is done beside `save`, in SAVE.candidates, where logs and the
+    ranking stay. `args` has the stock loop's own flags, too, and `prune` writes the checkpoint of a shape to a path.
     Raises ValueError when a training fails; what was measured before is in the ranking file.
     """
     steps = int(args.train_iters or STEPS)

@@ -83,7 +83,10 @@ def named(text: str) -> tuple[str, str]:
 def level(text: str) -> tuple[str, float]:
     """Split NAME=LOSS."""
     name, value = named(text)
-    return name, float(value)
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
 
 
 def read_run(path: Path, by_samples: bool) -> Curves:

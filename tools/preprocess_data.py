@@ -1,4 +1,4 @@
-"""Turns JSON lines into the token files that Megatron trains on.
+"""Turn JSON lines into the token files that Megatron trains on.
 
     python tools/preprocess_data.py --input train.jsonl --output-prefix DATA/train --append-eod \\
         --tokenizer-type Llama2Tokenizer --tokenizer-model MODEL/tokenizer.model --workers 8
@@ -60,15 +60,13 @@ class Encoded(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Writes the token files that the command line asks for.
+    """Write the token files that the command line asks for.
 
-    Args:
-        arguments: the command line without the program's name.
-
-    Raises:
-        ValueError: an input is missing, empty or has a bad line, or the tokenizer cannot be built; one sentence.
+    Raises ValueError when an input is missing, empty or has a bad line, or the tokenizer cannot be built.
     """
     args = parser().parse_args(hyphenated(arguments))
+    if len(set(args.json_keys)) < len(args.json_keys):
+        raise ValueError(f"--json-keys {' '.join(args.json_keys)} names a key twice")
     inputs = [Path(path) for path in args.input]
     for path in inputs:
         if not path.is_file():
@@ -101,7 +99,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     parser = new_parser("preprocess_data.py", __doc__)
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -127,10 +125,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build_tokenizer(args: argparse.Namespace) -> Any:
-    """Megatron's tokenizer for these flags, with the defaults of Megatron's training for all others.
+    """Return Megatron's tokenizer for these flags, with the defaults of Megatron's training for all others.
 
-    Raises:
-        ValueError: Megatron cannot build it.
+    Raises ValueError when Megatron cannot build it.
     """
     with quiet_imports():
         from megatron.core.tokenizers.utils import build_tokenizer as megatron
@@ -168,21 +165,10 @@ def write(
     tokenizer: Any,
     total_bytes: int,
 ) -> tuple[int, int, int]:
-    """Tokenizes the inputs into files beside `outputs`.
+    """Tokenize the inputs, in their order, into files beside `outputs`, each key's path without suffix.
 
-    Args:
-        args: the command line.
-        inputs: files to read, in this order.
-        outputs: path of each key's files without suffix.
-        dtype: of the token ids on disk.
-        tokenizer: as `build_tokenizer` makes it.
-        total_bytes: size of the inputs, for the progress.
-
-    Returns:
-        documents, tokens, bad lines.
-
-    Raises:
-        ValueError: a bad line, unless they are to be skipped.
+    Return the numbers of documents, tokens and bad lines. `dtype` is that of the token ids on disk, `total_bytes` the
+    size of the inputs. Raises ValueError for a bad line, unless they are to be skipped.
     """
     with quiet_imports():
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -209,13 +195,13 @@ def write(
 
 
 def _aside(output: str, suffix: str) -> Path:
-    """Where a file grows until it is whole."""
+    """Return where a file grows until it is whole."""
     path = Path(output + suffix)
     return path.with_name(f".{path.name}.partial")
 
 
 def _encode_all(args: argparse.Namespace, inputs: list[Path], tokenizer: Any) -> Iterator[Encoded]:
-    """The inputs' lines, encoded, in their order."""
+    """Yield the inputs' lines, encoded, in their order."""
     _start_worker(args, tokenizer)
     if args.workers == 1:
         yield from map(_encode, _lines(inputs))
@@ -267,7 +253,7 @@ def _encode_chunk(lines: tuple[Line, ...]) -> list[Encoded]:
 
 
 def _encode(line: Line) -> Encoded:
-    """Tokens of one line; blank lines give none and no complaint."""
+    """Return the tokens of one line; blank lines give none and no complaint."""
     if not line.raw.strip():
         return Encoded(len(line.raw), None, None)
     tokens = []
@@ -284,10 +270,9 @@ def _encode(line: Line) -> Encoded:
 
 
 def _texts(raw: bytes) -> list[str]:
-    """The strings under the wanted keys.
+    """Return the strings under the wanted keys.
 
-    Raises:
-        ValueError: the line is no JSON object, or a key is missing or holds something else.
+    Raises ValueError when the line is no JSON object, or a key is missing or holds something else.
     """
     try:
         record = json.loads(raw.rstrip())

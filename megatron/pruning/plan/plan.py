@@ -209,6 +209,8 @@ def _check_ties(plan: Plan) -> None:
     sizes, gains = plan.parent_sizes, plan.norm_gains
     if sizes["heads"] % sizes["groups"]:
         raise ValueError(f"the parent's {sizes['heads']} heads are no multiple of its {sizes['groups']} groups")
+    if ranks := [axis for axis in ("groups", "ffn") if sizes[axis] % plan.tensor_parallel]:
+        raise ValueError(f"tensor_parallel {plan.tensor_parallel} does not divide the parent's {' and '.join(ranks)}")
     per_group = sizes["heads"] // sizes["groups"]
     for groups, heads in zip(plan.groups, plan.heads, strict=True):
         counts = np.bincount(heads // per_group, minlength=sizes["groups"])

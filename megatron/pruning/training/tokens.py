@@ -70,8 +70,9 @@ def _from_jsonl(file: Path, wanted: int, checkpoint: Checkpoint) -> Tokens:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"{folder} holds no tokenizer that transformers can read ({str(error).splitlines()[0]}): "
+            f"{folder} holds no tokenizer that transformers can read ({reason}): "
             f"turn {file} into tokens with tools/preprocess_data.py and name their prefix"
         ) from error
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
