@@ -109,7 +109,7 @@ def flags() -> set[str]:
     programs = [*ROOT.glob("*.py"), *(ROOT / "megatron").rglob("*.py")]
     programs += [*(ROOT / "tools").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     found = {flag for program in programs for flag in re.findall(r'"(--[a-z][a-z-]+)"', text_of(program))}
-    return found | set(megatron_flags()) | {"--nproc-per-node"}
+    return found | set(megatron_flags()) | {"--nproc-per-node", "--help"}
 
 
 @pytest.mark.parametrize("file", BOTH, ids=name_of)
@@ -126,7 +126,9 @@ def test_every_variable_that_is_set_is_read_by_a_script(file: Path) -> None:
     named = {*re.findall(r"`([A-Z][A-Z_]+)`", text), *re.findall(r"\b([A-Z_]+)=", commands)}
     scripts = [*(ROOT / "scripts").glob("*.sh"), *(ROOT / "tools" / "checkpoint_conversion").glob("*.sh")]
     read = {name for script in scripts for name in re.findall(r"\$\{([A-Z_]+)", text_of(script))}
-    assert named - read == set()
+    modules = (ROOT / "megatron").rglob("*.py")
+    constants = {name for module in modules for name in re.findall(r"^([A-Z_]+)\b.* = ", text_of(module), re.MULTILINE)}
+    assert named - read - constants == set()
 
 
 # Generated tables -----------------------------------------------------------------------------------------------------
