@@ -19,7 +19,7 @@ def run(main: Callable[[Sequence[str]], None], left: str = "nothing was left beh
     A signal to end lets what was begun be cleaned up first, and ends in a line that says what is `left`.
     """
     for number in ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, _end_by_signal)
     try:
         main(sys.argv[1:])
