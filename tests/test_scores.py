@@ -114,8 +114,8 @@ def test_scores_are_those_of_the_definitions_in_every_layout(folder: Path, name:
     assert found.facts.loss == pytest.approx(float(sums.pop("loss")) / tokens[:, 1:].size, rel=1e-6)
     for what, expected in sums.items():
         assert np.allclose(found.sums[what], expected, rtol=2e-5, atol=1e-9), what
-    assert found.parent == fingerprint(open_checkpoint(model))
-    assert found.tokens == LENGTH * SEQUENCES and found.loss_sequences == LOSSES
+    assert found.facts.parent == fingerprint(open_checkpoint(model))
+    assert found.tokens == LENGTH * SEQUENCES and found.facts.loss_sequences == LOSSES
 
 
 @pytest.mark.slow
