@@ -241,6 +241,7 @@ def small_disk(path: Path, megabytes: float, *options: str) -> Iterator[Path]:
         subprocess.run(["umount", str(path)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["hf", "torch", "torch_dist"])
 def test_a_disk_that_fills_up_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
@@ -267,6 +268,7 @@ def test_a_read_only_target_is_an_error_in_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, f"error: {disk}/.out.partial: Read-only file system\n")
 
 
+@pytest.mark.slow
 def test_a_read_error_names_the_source_and_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
