@@ -6,10 +6,10 @@ import pytest
 
 pytest.register_assert_rewrite("helpers")
 
-from helpers import ROOT, SHAPES, load_whole, make_llama  # noqa: E402, F401 - two are for tests that ask for them here
+from helpers import EACH_SHAPE, ROOT, load_whole, make_llama  # noqa: E402, F401 - two are for tests that ask for them here
 
 
-@pytest.fixture(scope="session", params=sorted(SHAPES))
+@pytest.fixture(scope="session", params=EACH_SHAPE)
 def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a Hugging Face checkpoint of each shape; its directory has the name of the shape."""
     return make_llama(tmp_path_factory.mktemp("llama") / request.param, request.param)

@@ -13,6 +13,7 @@ from pydoc import locate
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -82,6 +83,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
     },
 }
+# Biases, norms of queries and keys, groups and tied embeddings are in the fast subset.
+EACH_SHAPE = [pytest.param(shape, marks=[pytest.mark.slow] * (shape in ("mha", "llama3"))) for shape in sorted(SHAPES)]
 
 
 def make_llama(

@@ -9,6 +9,7 @@ import show_checkpoint
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import (
+    EACH_SHAPE,
     ROOT,
     SHAPES,
     as_bin,
@@ -39,7 +40,7 @@ LAYOUTS = [(tensor, pipeline) for tensor in (1, 2, 4) for pipeline in (1, 2)]
 STOCK_LAYOUTS = [layout for layout in LAYOUTS if layout != (4, 2)]  # at most 4 ranks to launch
 
 
-@pytest.fixture(scope="module", params=sorted(SHAPES))
+@pytest.fixture(scope="module", params=EACH_SHAPE)
 def bf16(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a Hugging Face checkpoint of each shape, in bfloat16."""
     return make_llama(tmp_path_factory.mktemp("bf16") / "hf", request.param, dtype=torch.bfloat16)
