@@ -188,6 +188,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(900)  # seconds: it trains twice, and programs that import Megatron start slowly
+@pytest.mark.slow
 def test_every_command_runs_in_the_order_of_the_pages(fresh: Path) -> None:
     commands = [block for file in ENGLISH.values() for block in blocks(text_of(file), "bash")]
     assert set(RUN_ELSEWHERE) <= set(commands)

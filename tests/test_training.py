@@ -20,6 +20,8 @@ from helpers import ROOT, load_whole
 from stock_loop import Run, StockLoop, environment
 
 STEPS, SAVED, KILLED = 24, 10, 16  # the whole run, the checkpoint to resume from, the step after which -9 comes
+pytestmark = pytest.mark.slow
+
 MODEL = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention "
     "--num-query-groups 2 --position-embedding-type rope --max-position-embeddings 32 --swiglu --disable-bias-linear "
