@@ -1,10 +1,8 @@
-"""Run under torchrun: load Megatron checkpoints into stock GPTModels and compare their logits with saved ones.
+"""Load Megatron checkpoints into stock GPTModels and compare their logits with saved ones; stock_worker.py runs it.
 
-    torchrun --nproc-per-node 4 tests/gpt_model_worker.py JOBS.json
-
-A job is {"checkpoint": DIR, "tensor": T, "pipeline": P, "logits": FILE}; FILE holds {"tokens", "logits"} of torch.save.
-Loading is strict, and every key and shape of a rank file must be the model's. The jobs' largest differences go to
-JOBS.results.
+The command line is the name of a JSON file of jobs. A job is {"checkpoint": DIR, "tensor": T, "pipeline": P,
+"logits": FILE}; FILE is {"tokens", "logits"} of torch.save. Loading is strict; every key and shape of a rank file
+must be the model's. The jobs' largest differences go to JOBS.results.
 """
 # ruff: noqa: E402 - the stand-in for the device must be in place before Megatron is imported
 
@@ -17,6 +15,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +92,14 @@ def run_job(job: dict[str, Any]) -> float:
     return float(worst)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Run every job, on all processes together, those of one layout after each other.
 
     Each process group of gloo has threads that end with it, and Megatron makes dozens: no more than one layout's may
     be there at a time.
     """
     store, rank, size = next(rendezvous("env://"))
-    path = Path(sys.argv[1])
+    path = Path(argv[0])
     jobs, results = json.loads(path.read_text()), {}
     for tensor, pipeline in sorted({(job["tensor"], job["pipeline"]) for job in jobs}):
         own = torch.distributed.PrefixStore(f"{tensor} {pipeline}", store)
@@ -113,7 +112,3 @@ def main() -> None:
         torch.distributed.destroy_process_group()
     if rank == 0:
         path.with_suffix(".results").write_text(json.dumps([results[number] for number in range(len(jobs))]))
-
-
-if __name__ == "__main__":
-    main()

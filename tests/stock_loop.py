@@ -1,5 +1,7 @@
 """The stock training loop for tests: runs of pretrain_gpt.py whose ranks one process forks (stock_worker.py)."""
 
+import atexit
+import functools
 import json
 import re
 import subprocess
@@ -39,20 +41,25 @@ class Run:
         return lines[0]
 
 
-class StockLoop:
-    """The process that has imported pretrain_gpt.py, and the folder that its runs write to."""
+@functools.cache
+def worker() -> subprocess.Popen[str]:
+    """Return the process that has imported pretrain_gpt.py, one for all of the tests; it ends when they do."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/stock_worker.py")],
+        env=environment(LOCAL_WORLD_SIZE=4),  # how many devices the stand-in says there are
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    atexit.register(process.communicate)
+    return process
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with (folder / "worker.log").open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "tests/stock_worker.py"), str(folder)],
-                env=environment(LOCAL_WORLD_SIZE=4),  # how many devices the stand-in says there are
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )
+
+@dataclass
+class StockLoop:
+    """Runs of the stock loop, or of another program, in one folder, each with a log in it."""
+
+    folder: Path
 
     def run(self, name: str, words: str, ranks: int = 1, kill_after: int | None = None) -> Run:
         """Run pretrain_gpt.py with these flags, killed with -9 after a step if that is asked for."""
@@ -60,14 +67,11 @@ class StockLoop:
 
     def run_all(self, cases: list[dict]) -> dict[str, Run]:
         """Run several cases, two at a time, and return what each left."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(cases) + "\n")
-        self.process.stdin.flush()
-        answers = [self.process.stdout.readline().split() for _ in cases]
-        assert all(answers), (self.folder / "worker.log").read_text()[-3000:]
+        process = worker()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([{**case, "folder": str(self.folder)} for case in cases]) + "\n")
+        process.stdin.flush()
+        answers = [process.stdout.readline().split() for _ in cases]
+        assert all(answers), "the process that runs the cases has ended; what it said stands above"
         return {name: Run(int(status), (self.folder / f"{name}.log").read_text()) for name, status in answers}
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.communicate()

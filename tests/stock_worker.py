@@ -1,11 +1,12 @@
 """Run many cases of pretrain_gpt.py, or of another program: Megatron is imported once, and every rank is a fork.
 
-    python tests/stock_worker.py FOLDER
+    python tests/stock_worker.py
 
-Each line of standard input is a JSON list of cases {"name": NAME, "words": [FLAG, ...], "ranks": COUNT}, run two at a
-time in FOLDER; NAME.log there takes what all ranks of a case print. As each ends, "NAME STATUS" is printed: 0, or that
-of the first rank that failed. A case that takes too long is killed, as is what is left of one in which a rank failed,
-and one that says {"kill_after": STEP} when it has logged that step. {"program": NAME} runs another of the project's.
+Each line of standard input is a JSON list of cases {"folder": DIR, "name": NAME, "words": [FLAG, ...], "ranks": COUNT},
+run two at a time, each in its folder; NAME.log there takes what all ranks of a case print. As each ends, "NAME STATUS"
+is printed: 0, or that of the first rank that failed. A case that takes too long is killed, as is what is left of one in
+which a rank failed, and one that says {"kill_after": STEP} when it has logged that step. {"program": NAME} runs another
+module's main.
 """
 
 import importlib
@@ -20,6 +21,8 @@ from typing import Any, NoReturn
 
 from torch.distributed import TCPStore
 
+from megatron.pruning.cli import entry
+
 AT_ONCE, TIMEOUT, GRACE = 2, 90.0, 2.0  # cases; seconds for one, and for the others of a rank that failed
 
 
@@ -28,6 +31,7 @@ class Case:
 
     def __init__(
         self,
+        folder: str,
         name: str,
         words: list[str],
         ranks: int,
@@ -35,6 +39,7 @@ class Case:
         program: str = "pretrain_gpt",
     ) -> None:
         self.name, self.status, self.kill_after = name, 0, kill_after
+        self.log = Path(folder, f"{name}.log")
         self.deadline = time.monotonic() + TIMEOUT
         # Where the ranks meet. As under torchrun it is the parent's, which asked the system for a port: one that is
         # found free and given back may be another case's before it is used.
@@ -44,12 +49,12 @@ class Case:
             "MASTER_PORT": f"{self.store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
-        Path(f"{name}.log").touch()
+        self.log.touch()
         self.children: set[int] = set()
         for rank in range(ranks):
             child = os.fork()
             if child == 0:
-                be_rank(name, program, words, world | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
+                be_rank(self.log, program, words, world | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
             self.children.add(child)
 
     def ended(self) -> bool:
@@ -62,7 +67,7 @@ class Case:
             if status and not self.status:
                 self.status = os.waitstatus_to_exitcode(status)
                 self.deadline = min(self.deadline, time.monotonic() + GRACE)
-        if self.kill_after and f"iteration {self.kill_after:8d}/" in Path(f"{self.name}.log").read_text():
+        if self.kill_after and f"iteration {self.kill_after:8d}/" in self.log.read_text():
             self.deadline = 0.0
         if time.monotonic() > self.deadline:
             for child in self.children:
@@ -70,16 +75,16 @@ class Case:
         return not self.children
 
 
-def be_rank(name: str, program: str, words: list[str], settings: dict[str, str]) -> NoReturn:
+def be_rank(log: Path, program: str, words: list[str], settings: dict[str, str]) -> NoReturn:
     """Be one rank of a case: what torchrun would start."""
     os.environ.update(settings)
     sys.argv = [f"{program}.py", *words]
-    log = os.open(f"{name}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, 1), os.dup2(log, 2)
+    os.chdir(log.parent)
+    said = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(said, 1), os.dup2(said, 2)
     status: Any = 99
     try:
-        entry = importlib.import_module(program)
-        entry.run(entry.main)
+        entry.run(importlib.import_module(program).main)
         status = 0
     except SystemExit as leave:
         status = leave.code or 0
@@ -107,6 +112,5 @@ if __name__ == "__main__":
     for module in ("pretrain_gpt", "score_importance", "megatron.core.tokenizers.text"):
         importlib.import_module(module)
 
-    os.chdir(sys.argv[1])
     for line in sys.stdin:
         run(json.loads(line))

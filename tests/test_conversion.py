@@ -10,7 +10,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers import (
     EACH_SHAPE,
-    ROOT,
     SHAPES,
     as_bin,
     assert_same_tensors,
@@ -19,12 +18,11 @@ from helpers import (
     hf_logits,
     load_whole,
     make_llama,
-    run,
     set_config,
     tensors,
-    torchrun,
 )
 from safetensors.torch import load_file, save_file
+from stock_loop import StockLoop
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig
 
@@ -127,8 +125,8 @@ def stock_differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, flo
                 "checkpoint": str(target), "tensor": tensor, "pipeline": pipeline, "logits": str(top / f"{shape}.pt"),
             }  # fmt: skip
     (top / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    done = run(*torchrun(4), str(ROOT / "tests/gpt_model_worker.py"), str(top / "jobs.json"))
-    assert done.returncode == 0, done.stderr[-4000:]
+    case = {"name": "logits", "program": "gpt_model_worker", "words": ["jobs.json"], "ranks": 4}
+    StockLoop(top).run_all([case])["logits"].ok()
     return dict(zip(jobs, json.loads((top / "jobs.results").read_text()), strict=True))
 
 

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +111,8 @@ def test_divergence_and_gradient_are_those_of_the_whole_vocabulary_in_float64(
 
 
 @pytest.fixture(scope="module")
-def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockLoop]:
-    """Start the stock loop in a folder with data in which every sample is the same, a student, and a teacher thrice."""
+def loop(tmp_path_factory: pytest.TempPathFactory) -> StockLoop:
+    """Make the stock loop in a folder with data in which every sample is the same, a student, and a teacher thrice."""
     loop = StockLoop(tmp_path_factory.mktemp("distillation"))
     folder = loop.folder
     write_repeated(folder / "data", sample(), 20)
@@ -125,8 +124,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockLoop]:
     tied = make_llama(folder / "tied", "tied", layers=3, vocab=VOCABULARY, dtype=torch.bfloat16)
     assert open_checkpoint(tied).config.tied
     make_llama(folder / "other", "mha", layers=2, vocab=VOCABULARY + 1)
-    yield loop
-    loop.close()
+    return loop
 
 
 def sample() -> np.ndarray:

@@ -195,7 +195,7 @@ def test_every_command_runs_in_the_order_of_the_pages(fresh: Path) -> None:
     activate = "source .venv/bin/activate"
     assert f"`{activate}`" in text_of(ENGLISH["README"])
     script = "\n".join(["set -euo pipefail", activate, *(c for c in commands if c not in RUN_ELSEWHERE)])
-    small = {"TRAIN_ITERS": "15", "EVAL_ITERS": "1", "EVAL_INTERVAL": "15", "SAVE_INTERVAL": "15"}
+    small = {"TRAIN_ITERS": "15", "EVAL_ITERS": "1", "EVAL_INTERVAL": "15", "SAVE_INTERVAL": "15", "SEQ_LENGTH": "32"}
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **small}
     done = subprocess.run(["bash", "-xc", script], cwd=fresh, env=environment, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)  # fmt: skip

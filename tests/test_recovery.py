@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, convert, hf_loss, make_llama, prune, run, torchrun, write_repeated
-from stock_loop import Run
+from helpers import ROOT, convert, hf_loss, make_llama, prune, run, write_repeated
+from stock_loop import StockLoop
 
 from megatron.pruning.model.layout import Layout
 
@@ -32,10 +32,14 @@ def exported_loss(checkpoint: Path) -> float:
     return hf_loss(exported, np.append(SAMPLE, SAMPLE[0]))
 
 
-def losses(*command: str, **settings: object) -> dict[int, float]:
-    """Run the stock loop and return its training losses by iteration."""
-    done = run(*command, **settings)
-    return Run(done.returncode, done.stderr + done.stdout).ok().losses
+def launch(folder: Path, **settings: object) -> list[str]:
+    """Run check_model.sh with a Python that only tells how it is called, and return what it would launch."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >"{folder}/launched"\n')
+    python.chmod(0o755)
+    done = run("bash", str(ROOT / "scripts/check_model.sh"), **settings, PYTHON=python)
+    assert done.returncode == 0, done.stderr
+    return (folder / "launched").read_text().splitlines()
 
 
 def test_check_model_trains_a_pruned_pipeline_and_resumes(folder: Path) -> None:
@@ -46,11 +50,15 @@ def test_check_model_trains_a_pruned_pipeline_and_resumes(folder: Path) -> None:
         "GLOBAL_BATCH_SIZE": 4, "LR": 1e-2, "LR_WARMUP_ITERS": 1, "EVAL_ITERS": 0,
         "TRAIN_ITERS": 7,
     }  # fmt: skip
-    command = ["bash", str(ROOT / "scripts/check_model.sh")]
-    first = losses(*command, "--exit-interval", "5", **settings)
+    launched = launch(folder, **settings)
+    script = launched.index(str(ROOT / "pretrain_gpt.py"))
+    assert launched[:script] == [*"-m torch.distributed.run --nproc_per_node 2 --nnodes 1 --standalone".split()]
+    words = launched[script + 1 :]
+    loop = StockLoop(folder)
+    first = loop.run("first", " ".join([*words, "--exit-interval 5"]), ranks=2).ok().losses
     assert first[1] == pytest.approx(exported_loss(pruned), abs=1e-5)
     assert first[5] < first[1] - 0.5
-    resumed = losses(*command, **settings)
+    resumed = loop.run("resumed", " ".join(words), ranks=2).ok().losses
     assert sorted(resumed) == [6, 7] and resumed[6] < first[5]
     # What a later export needs has followed the weights.
     for name in ("huggingface/config.json", "megatron_args.txt", "prune_plan.json"):
@@ -63,12 +71,12 @@ def test_pruned_tensor_parallel_checkpoint_trains_from_its_own_arguments(folder:
     shards = convert(folder / "hf", folder / f"parent-{format}", layout=Layout(tensor=2, vocab_divisor=64))
     pruned = prune(shards, folder / f"tp2-{format}", *PRUNED, f"--format={format}")
     trained = folder / f"trained-{format}"
-    flags = f"""--use-checkpoint-args --norm-epsilon 1e-4 --tensor-model-parallel-size 2 --sequence-parallel
+    words = f"""--use-checkpoint-args --norm-epsilon 1e-4 --tensor-model-parallel-size 2 --sequence-parallel
         --load {trained} --pretrained-checkpoint {pruned} --save {trained} --ckpt-format {format}
         --data-path {folder}/data --split 100,0,0
         --tokenizer-type NullTokenizer --vocab-size 128 --seq-length {SEQUENCE} --micro-batch-size 2
         --global-batch-size 4 --train-iters 3 --lr 1e-2 --eval-iters 0 --log-interval 1 --calculate-per-token-loss"""
-    done = losses(*torchrun(2), str(ROOT / "pretrain_gpt.py"), *flags.split())
+    done = StockLoop(folder).run(f"trains-{format}", words, ranks=2).ok().losses
     assert done[1] == pytest.approx(exported_loss(pruned), abs=1e-5)
     assert done[3] < done[1]
     # The stock loop's own checkpoint, optimizer and all, is read as well.

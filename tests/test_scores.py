@@ -49,10 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words += f"--sequences {SEQUENCES} --layer-loss {LOSSES} "
         words += f"--tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {pipeline}"
         cases.append({"name": name, "words": words.split(), "ranks": ranks, "program": "score_importance"})
-    loop = StockLoop(top)
-    done = loop.run_all(cases)
-    loop.close()
-    for run in done.values():
+    for run in StockLoop(top).run_all(cases).values():
         run.ok()
     return top
 

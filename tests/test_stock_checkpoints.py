@@ -6,7 +6,6 @@ third loss is then the stock model's own value of what it saved. All cases share
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,12 +112,11 @@ class Result:
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockLoop]:
-    """Start the stock loop in a folder with data in which every sample is the same."""
+def stock(tmp_path_factory: pytest.TempPathFactory) -> StockLoop:
+    """Make the stock loop in a folder with data in which every sample is the same."""
     stock = StockLoop(tmp_path_factory.mktemp("stock"))
     write_repeated(stock.folder / "data", sample(), 20)
-    yield stock
-    stock.close()
+    return stock
 
 
 def run_all(stock: StockLoop, cases: dict[str, tuple[str, tuple[int, int]]]) -> dict[str, Run]:

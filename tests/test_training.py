@@ -1,7 +1,7 @@
 """The stock training loop on a CPU: layouts agree, a killed run resumes bit for bit, bad checkpoints are refused.
 
 A launch costs seconds of imports, so one process imports pretrain_gpt once and forks a child for every rank of the runs
-below, in order (stock_loop.py); two runs are launched as a user does it, by torchrun.
+below, in order (stock_loop.py); test_docs.py launches as a user does it, by torchrun.
 """
 
 import math
@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +33,6 @@ TRAINING = (
 )
 
 
-def launched(folder: Path, processes: int, words: str) -> Run:
-    """Run a case over several processes with torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(ROOT / "pretrain_gpt.py"), *words.split()]
-    done = subprocess.run(
-        command, cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    return Run(done.returncode, done.stdout)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tokens to train on: 40 documents of random length, ids 0..61."""
@@ -63,11 +52,9 @@ DATA = "--train-data-path data --data-cache-path cache"
 
 
 @pytest.fixture(scope="module")
-def forker(folder: Path) -> Iterator[StockLoop]:
-    """Start and end the process that forks."""
-    forker = StockLoop(folder)
-    yield forker
-    forker.close()
+def forker(folder: Path) -> StockLoop:
+    """Make the stock loop in the folder."""
+    return StockLoop(folder)
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +111,8 @@ def test_layouts_continue_the_same_training(
 ) -> None:
     words = f"{MODEL} {TRAINING} {DATA} --load dist --ckpt-step {SAVED}"
     if layout == "tensor":
-        run = launched(folder, 2, f"{words} --tensor-model-parallel-size 2 --sequence-parallel --save tensor")
-        assert run.code == 0, run.log[-3000:]
+        stages = "--tensor-model-parallel-size 2 --sequence-parallel --save tensor"
+        run = forker.run(layout, f"{words} {stages}", ranks=2).ok()
         assert (folder / "tensor" / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
     else:
         stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
@@ -222,8 +209,8 @@ def test_other_schedule_resumes_only_when_it_is_asked_for(
     assert "saved under another --lr" in other.error and not other.losses
 
 
-def test_mistake_of_all_ranks_is_said_once(folder: Path) -> None:
-    run = launched(folder, 2, f"{MODEL} {TRAINING} {DATA} --tensor-model-parallel-size 3")
+def test_mistake_of_all_ranks_is_said_once(forker: StockLoop) -> None:
+    run = forker.run("three", f"{MODEL} {TRAINING} {DATA} --tensor-model-parallel-size 3", ranks=2)
     assert run.code == 1
     assert run.error == (
         "[rank 0] error: 2 processes were started, which is no multiple of "
