@@ -25,7 +25,7 @@ LARGEST_README = 8000  # bytes
 # Commands that the test below does not run, and why.
 RUN_ELSEWHERE = {
     "bash scripts/quickstart.sh": "it takes minutes, and continuous integration runs it",
-    "bash scripts/test.sh": "it would call this test",
+    "bash scripts/test.sh": "continuous integration runs it",
 }
 
 LINK = r"!?\[[^\]]*\]\(([^)]+)\)"
@@ -188,6 +188,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(900)  # seconds: it trains twice, and programs that import Megatron start slowly
+@pytest.mark.pages
 @pytest.mark.slow
 def test_every_command_runs_in_the_order_of_the_pages(fresh: Path) -> None:
     commands = [block for file in ENGLISH.values() for block in blocks(text_of(file), "bash")]
