@@ -48,6 +48,7 @@ with quiet_imports():
     from megatron.training.global_vars import set_global_variables
     from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+    from megatron.pruning.training.data_checks import check_data
     from megatron.pruning.training.distillation import Distillation
     from megatron.pruning.training.flags import add_defaults, flags_refused, refuse_impossible, refuse_without_libraries
     from megatron.pruning.training.local_layers import gpt_config
@@ -59,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
     """Train as the command line says; raises ValueError, with one sentence, where what it asks for cannot be done."""
     be_alone_without_torchrun()
     args = read_arguments(argv)
+    check_data(args)
     carry_files(args)
     with flags_refused():
         model = gpt_config(args)

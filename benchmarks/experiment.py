@@ -137,9 +137,10 @@ class Experiment:
         """Return the validation loss in nats, measured once for each name."""
         if "loss" not in self.results.get(name, {}):
             import torch
-            from evaluate import build, loss
+            from evaluate import loss
 
             from megatron.pruning.formats import open_checkpoint
+            from megatron.pruning.training.hf_model import build
             from megatron.pruning.training.tokens import windows
 
             torch.set_num_threads(1)

@@ -21,7 +21,7 @@ import multiprocessing
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import batched
@@ -33,12 +33,14 @@ import numpy as np
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.storage.progress import Progress
+from megatron.pruning.storage.small_files import alone_at, new_file_beside
 from megatron.pruning.training.quiet import quiet_imports
 
 TOKENIZER_TYPES = (
     "Llama2Tokenizer SentencePieceTokenizer GPTSentencePieceTokenizer HuggingFaceTokenizer GPT2BPETokenizer "
     "TikTokenizer NullTokenizer"
 ).split()
+SUFFIXES = (".bin", ".idx")
 CHUNK = 16  # lines that a worker takes at a time
 AHEAD = 4  # chunks that wait for each worker
 
@@ -82,18 +84,21 @@ def main(arguments: Sequence[str]) -> None:
     prefix = Path(args.output_prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     outputs = [f"{prefix}_{key}_document" for key in args.json_keys]
+    if args.append_eod:
+        require_eod(tokenizer, args)
 
+    asides = {
+        f"{output}{suffix}": new_file_beside(Path(f"{output}{suffix}")) for output in outputs for suffix in SUFFIXES
+    }
     try:
-        documents, tokens, complaints = write(args, inputs, outputs, dtype, tokenizer, total_bytes)
+        documents, tokens, complaints = write(args, inputs, outputs, asides, dtype, tokenizer, total_bytes)
         if not documents:
             raise ValueError(f"--input {' '.join(args.input)} holds no document that has tokens")
         for output in outputs:
-            for suffix in (".bin", ".idx"):
-                _aside(output, suffix).rename(output + suffix)
+            put_in_place(output, asides)
     finally:
-        for output in outputs:
-            for suffix in (".bin", ".idx"):
-                _aside(output, suffix).unlink(missing_ok=True)
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
     skipped = f", {complaints:,} bad lines skipped" if complaints else ""
     print(f"{documents:,} documents, {tokens:,} tokens{skipped}: {', '.join(outputs)}.bin and .idx")
 
@@ -157,23 +162,38 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
         raise ValueError(f"cannot build the tokenizer of {what}: {error}") from error
 
 
+def require_eod(tokenizer: Any, args: argparse.Namespace) -> None:
+    """Raise ValueError unless the tokenizer has an end of a document."""
+    try:
+        found = tokenizer.eod
+    except (AttributeError, NotImplementedError, KeyError, ValueError):
+        found = None
+    if not isinstance(found, int) or found < 0:
+        raise ValueError(
+            f"--append-eod: the tokenizer of {args.tokenizer_model or args.tokenizer_type} has no token for the end of "
+            "a document: leave it out, or give the tokenizer an eos token"
+        )
+
+
 def write(
     args: argparse.Namespace,
     inputs: list[Path],
     outputs: list[str],
+    asides: Mapping[str, Path],
     dtype: type[np.number],
     tokenizer: Any,
     total_bytes: int,
 ) -> tuple[int, int, int]:
-    """Tokenize the inputs, in their order, into files beside `outputs`, each key's path without suffix.
+    """Tokenize the inputs, in their order, into `asides`, which has a file for each name that a file is to get.
 
-    Return the numbers of documents, tokens and bad lines. `dtype` is that of the token ids on disk, `total_bytes` the
-    size of the inputs. Raises ValueError for a bad line, unless they are to be skipped.
+    `outputs` are these names without suffix, one for each key. Return the numbers of documents, tokens and bad lines.
+    `dtype` is that of the token ids on disk, `total_bytes` the size of the inputs. Raises ValueError for a bad line,
+    unless they are to be skipped.
     """
     with quiet_imports():
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builders = [IndexedDatasetBuilder(str(_aside(output, ".bin")), dtype=dtype) for output in outputs]
+    builders = [IndexedDatasetBuilder(str(asides[f"{output}.bin"]), dtype=dtype) for output in outputs]
     documents = tokens = complaints = 0
     progress = Progress("tokenizing", total_bytes, show=True)
     for encoded in _encode_all(args, inputs, tokenizer):
@@ -190,14 +210,19 @@ def write(
             documents += 1
     progress.close()
     for builder, output in zip(builders, outputs, strict=True):
-        builder.finalize(str(_aside(output, ".idx")))
+        builder.finalize(str(asides[f"{output}.idx"]))
     return documents, tokens, complaints
 
 
-def _aside(output: str, suffix: str) -> Path:
-    """Return where a file grows until it is whole."""
-    path = Path(output + suffix)
-    return path.with_name(f".{path.name}.partial")
+def put_in_place(output: str, asides: Mapping[str, Path]) -> None:
+    """Give the two files of `output` their names, so that a reader never finds those of two runs.
+
+    Raises ValueError when another run is at the same.
+    """
+    with alone_at(Path(output)):
+        Path(f"{output}.idx").unlink(missing_ok=True)  # without it the .bin is no text
+        for suffix in SUFFIXES:
+            asides[output + suffix].rename(output + suffix)
 
 
 def _encode_all(args: argparse.Namespace, inputs: list[Path], tokenizer: Any) -> Iterator[Encoded]:

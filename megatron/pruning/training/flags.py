@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 from megatron.training import global_vars
+from megatron.training.utils import print_rank_0
 
 from megatron.pruning.training import cpu_device
 
@@ -57,6 +58,7 @@ def refuse_impossible(args: argparse.Namespace) -> None:
     asked for that Megatron has not.
     """
     _refuse_missing(args)
+    _go_without_validation(args)
     _refuse_layout(args)
     _refuse_warm_up(args)
     _refuse_distillation(args)
@@ -77,6 +79,13 @@ def _refuse_missing(args: argparse.Namespace) -> None:
     missing = [flag for flag, given in needed.items() if not given]
     if missing:
         raise ValueError(f"these flags must be given: {' '.join(missing)}")
+
+
+def _go_without_validation(args: argparse.Namespace) -> None:
+    """Do not ask Megatron to validate on text that was not given: it ends on that after the training."""
+    if args.train_data_path and not args.valid_data_path and args.eval_iters:
+        print_rank_0("note: without --valid-data-path there is no validation")
+        args.eval_iters = 0
 
 
 def _refuse_layout(args: argparse.Namespace) -> None:

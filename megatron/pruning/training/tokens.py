@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.training.hf_model import tokenizer_of
 from megatron.pruning.training.quiet import quiet_imports
 
 Tokens = NDArray[np.int64]
@@ -23,7 +24,7 @@ def windows(data: Path, length: int, most: int, checkpoint: Checkpoint, spread: 
     Raises ValueError when there is no such data, too little of it, or a token that the model does not have.
     """
     wanted = length * most + 1
-    tokens = _from_jsonl(data, wanted, checkpoint) if data.suffix == ".jsonl" else _from_indexed(data)
+    tokens = _from_jsonl(data, wanted, checkpoint) if data.suffix == ".jsonl" else open_text(data, "--data").tokens
     number = min((len(tokens) - 1) // length, most)
     if number < 1:
         raise ValueError(f"--data {data} has {len(tokens)} tokens: fewer than one window of {length + 1}")
@@ -38,42 +39,52 @@ def windows(data: Path, length: int, most: int, checkpoint: Checkpoint, spread: 
     return found.astype(np.int64)
 
 
-def _from_indexed(prefix: Path) -> NDArray[Any]:
-    """Return all tokens of a .bin, mapped into memory."""
+class Text(NamedTuple):
+    """A .bin and .idx: all tokens, mapped into memory, and the length of every document."""
+
+    tokens: NDArray[Any]
+    lengths: NDArray[np.int32]
+
+
+def open_text(prefix: str | Path, flag: str) -> Text:
+    """Open the text of a prefix, which `flag` named; the lengths of its files are checked, the ids are not.
+
+    Raises ValueError when a file is missing, damaged, or not the one that the other was written with.
+    """
     with quiet_imports():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         for suffix in (".bin", ".idx"):
             if not Path(f"{prefix}{suffix}").is_file():
-                raise ValueError(f"--data {prefix}: there is no {prefix}{suffix}")
+                whole = str(prefix).removesuffix(".bin").removesuffix(".idx")
+                hint = f"; name the prefix alone, {whole}" if whole != str(prefix) else ""
+                raise ValueError(f"{flag} {prefix}: there is no {prefix}{suffix}{hint}")
         try:
             index = IndexedDataset(str(prefix)).index
         except Exception as error:  # its asserts say little
-            raise ValueError(f"--data {prefix}: {prefix}.idx or .bin is damaged or empty ({error})") from error
+            raise ValueError(f"{flag} {prefix}: {prefix}.idx or .bin is damaged or empty ({error})") from error
     if not np.issubdtype(index.dtype, np.integer):
         raise ValueError(
-            f"--data {prefix}: {prefix}.idx says that tokens are {np.dtype(index.dtype)}, no whole numbers"
+            f"{flag} {prefix}: {prefix}.idx says that tokens are {np.dtype(index.dtype)}, no whole numbers"
         )
     size, told = Path(f"{prefix}.bin").stat().st_size, int(index.sequence_lengths.sum(dtype=np.int64))
     if size != told * np.dtype(index.dtype).itemsize:
-        raise ValueError(f"--data {prefix}: {prefix}.bin has {size} bytes, which are not the {told} tokens of its .idx")
-    return np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
+        raise ValueError(
+            f"{flag} {prefix}: {prefix}.bin has {size} bytes, which are not the {told} tokens of its .idx: one of them "
+            "is cut short, or of another run"
+        )
+    return Text(np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r"), index.sequence_lengths)
 
 
 def _from_jsonl(file: Path, wanted: int, checkpoint: Checkpoint) -> Tokens:
     """Return the first `wanted` tokens of a .jsonl file, or a few more."""
-    from transformers import AutoTokenizer
-
     if not file.is_file():
         raise ValueError(f"--data {file} is not a file")
-    folder = checkpoint.tokenizer_folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        tokenizer = tokenizer_of(checkpoint)
+    except ValueError as error:
         raise ValueError(
-            f"{folder} holds no tokenizer that transformers can read ({reason}): "
-            f"turn {file} into tokens with tools/preprocess_data.py and name their prefix"
+            f"{error}: turn {file} into tokens with tools/preprocess_data.py and name their prefix"
         ) from error
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found, count = [np.zeros(0, dtype=np.int64)], 0

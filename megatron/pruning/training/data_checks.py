@@ -1,0 +1,80 @@
+"""What must hold of the text before a model is built for it, in seconds for terabytes of it.
+
+Megatron looks for a file late, and where an id is not in the vocabulary, a split has no document or a file is shorter
+than its index says, it ends in a traceback, never ends, or trains on nonsense.
+"""
+
+import argparse
+
+import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.storage.processes import is_first_here
+from megatron.pruning.training.tokens import Text, open_text
+
+_SPLITS = ("train", "valid", "test")
+_STRETCH, _STRETCHES = 4096, 256  # tokens looked at in one place, and places
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Check the text that the stock flags name; the first process of each machine does, for all see the same files.
+
+    Raises ValueError for a weight or a prefix that cannot be meant, a file that is missing, damaged, or another's, an
+    id that the model has not, and a split without a document.
+    """
+    if args.mock_data or not is_first_here():
+        return
+    blend, by_split = get_blend_and_blend_per_split(args)
+    blends = {"--data-path": blend} if by_split is None else dict(zip(_FLAGS, by_split, strict=True))
+    for flag, one in blends.items():
+        prefixes, weights = one or ((), None)
+        for prefix, weight in zip(prefixes, weights or [1.0] * len(prefixes), strict=True):
+            if not weight > 0:
+                raise ValueError(f"{flag}: the weight of {prefix} is {weight:g}: leave out a text that has none")
+        for prefix in prefixes:
+            text = open_text(prefix, flag)
+            _check_ids(text, _vocabulary(args), prefix, flag)
+            if by_split is None:
+                _check_splits(args.split, text, prefix)
+
+
+_FLAGS = tuple(f"--{split}-data-path" for split in _SPLITS)
+
+
+def _vocabulary(args: argparse.Namespace) -> int | None:
+    """Return how many ids the model has, None where that is not known yet."""
+    if args.vocab_size is None or args.tokenizer_type != "NullTokenizer":
+        known: int | None = args.vocab_size or args.padded_vocab_size
+        return known
+    # This tokenizer's end of a document is one more, and is meant to lie in the padding.
+    return Layout(args.tensor_model_parallel_size, 1, args.make_vocab_size_divisible_by).padded_vocab(
+        args.vocab_size + 1
+    )
+
+
+def _check_ids(text: Text, vocabulary: int | None, prefix: str, flag: str) -> None:
+    count = len(text.tokens)
+    starts = np.unique(np.linspace(0, max(0, count - _STRETCH), _STRETCHES).astype(np.int64))
+    for start in starts.tolist():
+        stretch = text.tokens[start : start + _STRETCH]
+        low, high = int(stretch.min(initial=0)), int(stretch.max(initial=0))
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
+            raise ValueError(
+                f"{flag} {prefix} holds token {low if low < 0 else high}, but the model has a vocabulary of "
+                f"{vocabulary}: it was made with another tokenizer"
+            )
+
+
+def _check_splits(split: str, text: Text, prefix: str) -> None:
+    shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    for name, share in zip(_SPLITS, shares, strict=True):
+        if share is not None and round(share[0] * len(text.lengths)) == round(share[1] * len(text.lengths)):
+            raise ValueError(
+                f"--split {split} leaves no document of {prefix}, which has {len(text.lengths)}, for {name}: "
+                "give it a larger share, or 0"
+            )
