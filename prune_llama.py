@@ -58,7 +58,7 @@ from megatron.pruning.plan.report import describe
 from megatron.pruning.plan.shapes import Shape, describe_shapes
 from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.processes import World, is_first
-from megatron.pruning.storage.small_files import write_durably
+from megatron.pruning.storage.small_files import replace_durably
 
 LEAST_TOKENS = 32_768  # that scores must come from
 
@@ -190,6 +190,8 @@ def propose(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> lis
     Raises ValueError where flags contradict.
     """
     shapes = shapes_from_flags(args, parent, layout)
+    if args.candidates is not None:
+        check_candidates(args)
     if shapes and is_first():
         print(describe_shapes(parent.config, shapes, args.dtype or parent.dtype), flush=True)
     if args.candidates is not None:
@@ -199,8 +201,8 @@ def propose(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> lis
     return shapes
 
 
-def measure_candidates(args: argparse.Namespace, parent: Checkpoint, layout: Layout, shapes: list[Shape]) -> None:
-    """Train each of the shapes for a while, and rank them."""
+def check_candidates(args: argparse.Namespace) -> None:
+    """Raise ValueError where --candidates cannot be measured."""
     try:
         from tools import candidates
     except ImportError as error:
@@ -208,6 +210,11 @@ def measure_candidates(args: argparse.Namespace, parent: Checkpoint, layout: Lay
             "--candidates trains by scripts/check_model.sh: run prune_llama.py of the repository"
         ) from error
     candidates.check(args)
+
+
+def measure_candidates(args: argparse.Namespace, parent: Checkpoint, layout: Layout, shapes: list[Shape]) -> None:
+    """Train each of the shapes for a while, and rank them."""
+    from tools import candidates
 
     def prune(shape: Shape, path: Path) -> None:
         pruned = Pruned(parent, plan_from_flags(args, parent, layout, shape))
@@ -229,10 +236,10 @@ def write_plan(save: Path, plan: Plan) -> None:
     """Write the plan beside `save` and, where matplotlib is installed, a map of what it keeps."""
     save = absolute(save)
     file, picture = (save.with_name(f"{save.name}.{name}") for name in (PLAN_FILE, "prune_plan.png"))
-    write_durably(file, plan.to_json().encode())
+    replace_durably(file, plan.to_json().encode())
     print(f"plan: {file} (apply it with --plan {file})")
     if importlib.util.find_spec("matplotlib"):
-        write_durably(picture, plan_figure(plan))
+        replace_durably(picture, plan_figure(plan))
         print(f"map:  {picture}")
 
 

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from megatron.pruning.model.weights import all_weights, weight_shape
 from megatron.pruning.plan.report import table
 from megatron.pruning.storage.safetensors_file import SafetensorsFile
 from megatron.pruning.storage.small_files import as_json, write_durably
+from megatron.pruning.storage.source_file import File
 from megatron.pruning.storage.views import Bits, Index, View
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,6 +124,9 @@ class Noise(View):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
+
+    def sources(self) -> Iterator[File]:
+        return iter(())
 
     def read_into(self, rows: Index, out: Bits) -> None:
         flat = out.reshape(-1)

@@ -63,22 +63,23 @@ source "$HERE/scripts/common.sh"
 [ "$LR_WARMUP_ITERS" -lt "$TRAIN_ITERS" ] ||
     die "LR_WARMUP_ITERS $LR_WARMUP_ITERS must be less than TRAIN_ITERS $TRAIN_ITERS"
 
-# The model's own flags lie beside a checkpoint that this project wrote; of others, stock Megatron knows most.
-model=(--use-checkpoint-args)
-if [ -f "$LOAD_PATH/megatron_args.txt" ]; then
-    read -ra model -d '' <"$LOAD_PATH/megatron_args.txt" || true
-fi
+# The model's own flags, a word a line: Python makes them from the checkpoint, of which nothing is read here.
+words=$("$PYTHON" "$ROOT/tools/show_checkpoint.py" "$LOAD_PATH" --megatron-flags)
+mapfile -t model <<<"$words"
 [ -n "${TP:-}" ] && model+=(--tensor-model-parallel-size "$TP")
 [ -n "${PP:-}" ] && model+=(--pipeline-model-parallel-size "$PP")
 
 size_of() { # the value of a flag in the model's own
     local i value=1
     for ((i = 0; i < ${#model[@]}; i++)); do
-        if [ "${model[i]}" = "$1" ]; then value=${model[i + 1]}; fi
+        if [ "${model[i]}" = "$1" ]; then value=${model[i + 1]:-}; fi
     done
+    [[ $value =~ ^[0-9]{1,6}$ ]] || die "$1 $value is not a number"
     echo "$value"
 }
-ranks=$(($(size_of --tensor-model-parallel-size) * $(size_of --pipeline-model-parallel-size)))
+tensor=$(size_of --tensor-model-parallel-size)
+pipeline=$(size_of --pipeline-model-parallel-size)
+ranks=$((tensor * pipeline))
 gpus=$(count_gpus)
 precision=()
 if [ "$gpus" -gt 0 ]; then

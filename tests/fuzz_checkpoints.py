@@ -1,10 +1,12 @@
 """Break checkpoints in thousands of ways and see that every reader refuses them in one sentence or reads them right.
 
     python tests/fuzz_checkpoints.py --count 10000 --seed 0
+    python tests/fuzz_checkpoints.py --count 2000 --seed 0 --commands    # by the command lines that users type
     python tests/fuzz_checkpoints.py --seed 0 --only 4711          # repeat one case, with its traceback
 
 Each case copies a tiny checkpoint (Hugging Face, Megatron `torch` or `torch_dist`, of several layouts), breaks it and
-converts it. What must hold, whatever was broken:
+converts it; with --commands it, its plan, its scores or its manifest, and it is converted, pruned, shown, verified or
+looked into as before a training. What must hold, whatever was broken:
 
 - it ends, within seconds and within a bounded memory, in a ValueError or an OSError of one line, or in a checkpoint;
 - a refused conversion leaves nothing at its target;
@@ -30,19 +32,27 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import convert as converter
 import numpy as np
+import show_checkpoint
 import torch
 from helpers import as_bin, convert, make_llama
 
+import prune_llama
 from megatron.pruning.formats import FORMATS, megatron_dist, open_checkpoint, save_checkpoint
-from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.plan.decide import PruneRequest, decide
+from megatron.pruning.plan.scores import Facts, Scores, shapes
+from megatron.pruning.plan.scores import write as write_scores
+from megatron.pruning.storage.harmless import require_harmless
+from megatron.pruning.storage.manifest import verify
 from megatron.pruning.storage.views import read_all
 
 SECONDS = 20  # a case takes 0.05
@@ -500,6 +510,26 @@ BREAKERS: tuple[Breaker, ...] = (
 )
 
 
+def _alone(file: Path) -> Path:
+    """Move a file into a directory of its own, which a breaker takes for a checkpoint, and leave a link to it."""
+    folder = file.with_name(f"{file.name}.folder")
+    folder.mkdir()
+    file.rename(folder / file.name)
+    file.symlink_to(folder / file.name)
+    return folder
+
+
+def some_scores(checkpoint: Checkpoint) -> Scores:
+    """Return scores that fit a model, of no text at all."""
+    sizes = {axis: checkpoint.config.sizes[axis] for axis in ("layers", "hidden", "heads", "groups", "ffn")}
+    draw = np.random.default_rng(0)
+    facts = Facts(
+        parent=fingerprint(checkpoint), text="", dtype="fp32", sizes=sizes, sequences=3, sequences_wanted=3,
+        sequence_length=10, loss_sequences=0, positions=10, loss=1.0,
+    )  # fmt: skip
+    return Scores(facts, {name: draw.random(shape) for name, shape in shapes(sizes).items()})
+
+
 # --- One case and its guards.
 
 
@@ -559,6 +589,14 @@ class Fuzzer:
         self.foreign = self.bases | others | shards
         self.wanted = {name: weights_of(open_checkpoint(path)) for name, path in self.bases.items()}
         self.configs = {name: open_checkpoint(path).config for name, path in self.bases.items()}
+        self.plans, self.scores = {}, {}
+        for name, path in self.bases.items():
+            checkpoint = open_checkpoint(path)
+            request = PruneRequest(remain={"hidden": 12, "ffn": 12, "heads": 2, "groups": 1}, drop_layers=(1,))
+            self.plans[name] = decide(request, checkpoint).to_json().encode()
+            write_scores(top / "scores", some_scores(checkpoint))
+            self.scores[name] = (top / "scores").read_bytes()
+            (top / "scores").unlink()
         sys.addaudithook(_audit)
 
     def attempt(self, random: Random) -> tuple[str, str]:
@@ -599,6 +637,64 @@ class Fuzzer:
             assert not left, f"{case}: left {left}"
         return case, ended
 
+    def command(self, random: Random) -> tuple[str, str]:
+        """Break one checkpoint, or a file that goes with it, and run a command on it, as `attempt` does."""
+        name = random.choice(sorted(self.bases))
+        source, target, beside = self.top / "source", self.top / "target", self.top / "beside"
+        for leftover in (source, target, beside):
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.copytree(self.bases[name], source)
+        beside.mkdir()
+        files = {"plan": beside / "plan.json", "scores": beside / "scores.safetensors"}
+        files["plan"].write_bytes(self.plans[name])
+        files["scores"].write_bytes(self.scores[name])
+        to, plan = ["--load", str(source), "--save", str(target)], ["--plan", str(files["plan"])]
+        choice = ["--ffn-hidden-size-remain", "12", "--criterion", "activation", "--min-scores-tokens", "1"]
+        formats = ["--format", random.choice(list(FORMATS))]
+        commands: dict[str, tuple[Callable[[list[str]], Any], list[str]]] = {
+            "convert": (converter.main, [*to, *formats]),
+            "plan": (prune_llama.main, [*to, *plan, *formats]),
+            "scores": (prune_llama.main, [*to, *choice, *formats, "--scores", str(files["scores"])]),
+            "magnitude": (prune_llama.main, [*to, *choice[:2], *formats, "--criterion", "magnitude"]),
+            "show": (show_checkpoint.main, [str(source), "--weights", "--digest"]),
+            "verify": (show_checkpoint.main, [str(source), "--verify"]),
+            "flags": (show_checkpoint.main, [str(source), "--megatron-flags"]),
+            "before a training": (lambda argv: require_harmless(source / "release"), []),
+        }
+        what = random.choice(sorted(commands))
+        if what in files and random.random() < 0.7:
+            breaker = random.choice((break_bytes, break_length, break_json))
+            said = breaker(_alone(files[what]), random, self.foreign)
+        else:
+            breaker = random.choice(BREAKERS)
+            said = breaker(source, random, self.foreign)
+        case = f"{name}: {what}: {breaker.__name__}: {said}"
+        run, argv = commands[what]
+        shown = io.StringIO()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = megabytes("VmRSS")
+        try:
+            with time_limit(SECONDS), self._watched(), redirect_stdout(shown), redirect_stderr(shown):
+                run(argv)
+            ended = f"{what}: done"
+        except (ValueError, OSError) as error:
+            ended = f"{what}: {self._refusal(case, error)}"
+        except HangError:
+            raise AssertionError(f"{case}: hangs") from None
+        except BaseException as error:
+            raise AssertionError(f"{case}: {type(error).__name__}: {str(error)[:300]}") from error
+        assert not _watch["seen"], f"{case}: {_watch['seen']}"
+        assert (grown := megabytes("VmHWM") - before) < MEGABYTES, f"{case}: {grown:.0f} MB more"
+        strange = [c for c in shown.getvalue() if not c.isprintable() and c not in "\n\r"]
+        assert not strange, f"{case}: shows {strange[:9]}"
+        assert target.exists() == (ended.endswith("done") and "--save" in argv), f"{case}: {ended}, target is there"
+        if target.exists():
+            weights_of(open_checkpoint(target))
+            assert verify(target) == [], f"{case}: its own manifest is wrong"
+        left = {path.name for path in self.top.iterdir()} - {"bases", "other", "source", "beside", "target"}
+        assert not left, f"{case}: left {left}"
+        return case, ended
+
     @contextmanager
     def _watched(self) -> Iterator[None]:
         _watch["seen"] = []
@@ -637,6 +733,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000, metavar="N", help="cases (default 1000)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the random choices (default 0)")
+    parser.add_argument("--commands", action="store_true", help="run command lines, not conversions alone")
     parser.add_argument("--only", type=int, metavar="I", help="try case I alone, and show its traceback")
     args = parser.parse_args(argv)
     size = int(megabytes("VmSize") + 4000) << 20
@@ -651,7 +748,8 @@ def main(argv: list[str] | None = None) -> int:
         fuzzer = Fuzzer(Path(directory))
         for i in range(args.count) if args.only is None else [args.only]:
             try:
-                case, ended = fuzzer.attempt(Random(f"{args.seed} {i}"))
+                attempt = fuzzer.command if args.commands else fuzzer.attempt
+                case, ended = attempt(Random(f"{args.seed} {i}"))
                 counts[ended] += 1
                 if args.only is not None:
                     print(case, "->", ended)

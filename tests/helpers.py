@@ -294,3 +294,15 @@ def torchrun(ranks: int) -> list[str]:
 def run(*command: str, **settings: object) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, with environment settings, and return its status and what it said."""
     return subprocess.run(command, env=environment(**settings), text=True, capture_output=True)
+
+
+def check_model(folder: Path, **settings: object) -> tuple[list[str], list[str]]:
+    """Run check_model.sh with a Python that starts no training; return what would start one, and its flags."""
+    python, script = folder / "python", str(ROOT / "pretrain_gpt.py")
+    train = f'*pretrain_gpt.py*) printf "%s\\n" "$@" >"{folder}/launched";;'
+    python.write_text(f'#!/bin/sh\ncase "$*" in {train} *) exec {sys.executable} "$@";; esac\n')
+    python.chmod(0o755)
+    done = run("bash", str(ROOT / "scripts/check_model.sh"), **settings, PYTHON=python)
+    assert done.returncode == 0, done.stderr
+    words = (folder / "launched").read_text().splitlines()
+    return words[: words.index(script)], words[words.index(script) + 1 :]

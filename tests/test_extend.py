@@ -24,7 +24,8 @@ from megatron.pruning.plan.scores import AxisScores, Scores
 from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.output import OutputFile
 from megatron.pruning.storage.small_files import as_json
-from megatron.pruning.storage.views import File, Stored, View, cast
+from megatron.pruning.storage.source_file import File
+from megatron.pruning.storage.views import Stored, View, cast
 
 # family: begin
 FAMILY = Family("TwoForCausalLM", features=frozenset({"qkv_bias", "qk_norm"}))

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.hf_config import config_to_hf
 from megatron.pruning.model.weights import all_weights, weight_shape
 from megatron.pruning.storage.safetensors_file import SafetensorsFile
+from megatron.pruning.storage.source_file import File
 from megatron.pruning.storage.views import Bits, Index, View
 
 pytestmark = pytest.mark.slow
@@ -35,6 +37,9 @@ class Hole(View):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
+
+    def sources(self) -> Iterator[File]:
+        return iter(())
 
     def read_into(self, rows: Index, out: Bits) -> None:
         raise AssertionError("the file stays sparse")

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import show_checkpoint
 import torch
 from helpers import (
     PRUNE,
@@ -20,10 +22,12 @@ from helpers import (
     prune,
     rank_file,
     run,
+    set_config,
     sliced,
     tensors,
     torchrun,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron.pruning.formats import open_checkpoint
@@ -228,6 +232,22 @@ def test_unbalanced_shards_are_written_as_they_fall_and_merge(tmp_path: Path) ->
 def test_fingerprint_is_of_the_model_not_of_its_files(gqa: Path, tmp_path: Path) -> None:
     shards = convert(gqa, tmp_path / "m", tensor=4, pipeline=2)
     assert fingerprint(open_checkpoint(gqa)) == fingerprint(open_checkpoint(shards))
+
+
+def test_fingerprint_changes_with_a_weight_and_with_a_constant(gqa: Path, tmp_path: Path) -> None:
+    mine = fingerprint(open_checkpoint(gqa))
+    for number, change in enumerate(
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rms_norm_eps": 1e-5}, {})
+    ):
+        other = Path(shutil.copytree(gqa, tmp_path / str(number)))
+        set_config(**change)(other)
+        if not change:  # all but the first row of one matrix, which may lie where no row is looked at
+            weights = load_file(other / "model.safetensors")
+            weights["model.layers.2.mlp.up_proj.weight"][1:] *= 1.01
+            save_file(weights, other / "model.safetensors", {"format": "pt"})
+        assert fingerprint(open_checkpoint(other)) != mine
+        digest = [show_checkpoint.digest(open_checkpoint(path)) for path in (gqa, other)]
+        assert digest[0] != digest[1]
 
 
 def test_ranges_round_trip() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, convert, hf_loss, make_llama, prune, run, write_repeated
+from helpers import check_model, convert, hf_loss, make_llama, prune, write_repeated
 from stock_loop import StockLoop
 
 from megatron.pruning.model.layout import Layout
@@ -32,16 +32,6 @@ def exported_loss(checkpoint: Path) -> float:
     return hf_loss(exported, np.append(SAMPLE, SAMPLE[0]))
 
 
-def launch(folder: Path, **settings: object) -> list[str]:
-    """Run check_model.sh with a Python that only tells how it is called, and return what it would launch."""
-    python = folder / "python"
-    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >"{folder}/launched"\n')
-    python.chmod(0o755)
-    done = run("bash", str(ROOT / "scripts/check_model.sh"), **settings, PYTHON=python)
-    assert done.returncode == 0, done.stderr
-    return (folder / "launched").read_text().splitlines()
-
-
 def test_check_model_trains_a_pruned_pipeline_and_resumes(folder: Path) -> None:
     pruned = prune(folder / "hf", folder / "pp2", *PRUNED, "--drop-layers=1,2", "--pipeline-model-parallel-size=2")
     settings = {
@@ -50,10 +40,8 @@ def test_check_model_trains_a_pruned_pipeline_and_resumes(folder: Path) -> None:
         "GLOBAL_BATCH_SIZE": 4, "LR": 1e-2, "LR_WARMUP_ITERS": 1, "EVAL_ITERS": 0,
         "TRAIN_ITERS": 7,
     }  # fmt: skip
-    launched = launch(folder, **settings)
-    script = launched.index(str(ROOT / "pretrain_gpt.py"))
-    assert launched[:script] == [*"-m torch.distributed.run --nproc_per_node 2 --nnodes 1 --standalone".split()]
-    words = launched[script + 1 :]
+    launcher, words = check_model(folder, **settings)
+    assert launcher == [*"-m torch.distributed.run --nproc_per_node 2 --nnodes 1 --standalone".split()]
     loop = StockLoop(folder)
     first = loop.run("first", " ".join([*words, "--exit-interval 5"]), ranks=2).ok().losses
     assert first[1] == pytest.approx(exported_loss(pruned), abs=1e-5)
@@ -61,7 +49,7 @@ def test_check_model_trains_a_pruned_pipeline_and_resumes(folder: Path) -> None:
     resumed = loop.run("resumed", " ".join(words), ranks=2).ok().losses
     assert sorted(resumed) == [6, 7] and resumed[6] < first[5]
     # What a later export needs has followed the weights.
-    for name in ("huggingface/config.json", "megatron_args.txt", "prune_plan.json"):
+    for name in ("huggingface/config.json", "prune_plan.json"):
         assert (folder / "pp2-trained" / name).read_bytes() == (pruned / name).read_bytes()
     assert exported_loss(folder / "pp2-trained") < resumed[7]
 

@@ -1,6 +1,7 @@
 """What cannot be done is refused in one sentence, with the flag or file and both values, and nothing is written."""
 
 import argparse
+import collections
 import fcntl
 import os
 import shutil
@@ -10,11 +11,12 @@ from typing import Any
 
 import convert as converter
 import pytest
-from helpers import CONVERT, PRUNE, convert, digests, prune, rewritten, run, tensors
+from helpers import CONVERT, PRUNE, convert, digests, make_llama, prune, rewritten, run, tensors
 
 import prune_llama
 from megatron.pruning.cli.flags import hyphenated, megatron_flags
-from megatron.pruning.storage import output
+from megatron.pruning.formats import open_checkpoint, save_checkpoint
+from megatron.pruning.storage import direct_write, output
 
 
 @pytest.mark.parametrize(
@@ -38,8 +40,11 @@ from megatron.pruning.storage import output
             r"--tensor-model-parallel-size 4 does not divide the pruned model's query groups 2",
         ),
         ("--drop-layers 1 --pipeline-model-parallel-size 2", r"size 2 does not divide the pruned model's 3 layers"),
-        ("--drop-layers 1 --tensor-model-parallel-size 0", r"--tensor-model-parallel-size 0: it must be at least 1"),
-        ("--drop-layers 1 --make-vocab-size-divisible-by 0", r"--make-vocab-size-divisible-by 0: it must be at least"),
+        (
+            "--drop-layers 1 --tensor-model-parallel-size 0",
+            r"--tensor-model-parallel-size 0: it must lie between 1",
+        ),
+        ("--drop-layers 1 --make-vocab-size-divisible-by 0", r"--make-vocab-size-divisible-by 0: it must lie between"),
         ("--drop-layers 1 --num-layers 5", r"--num-layers 5 disagrees with .*, whose model has 4"),
         ("--drop-layers 1 --hidden_size 64", r"--hidden-size 64 disagrees with .*, whose model has 40"),
         ("--drop-layers 1 --ffn-hidden-size 99", r"--ffn-hidden-size 99 disagrees"),
@@ -150,17 +155,129 @@ def test_a_hub_cache_whose_files_are_links_is_not_overwritten(gqa: Path, tmp_pat
     convert(snapshot, tmp_path / "out", format="hf")
 
 
-def test_two_runs_do_not_build_the_same_checkpoint(gqa: Path, tmp_path: Path) -> None:
-    partial = tmp_path / ".out.partial"
+def test_two_runs_do_not_build_the_same_checkpoint(
+    gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = tmp_path / ".out.partial-0a1b2c3d"
     partial.mkdir()
+    (partial / "work").touch()
     holder = os.open(partial, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="another run is writing it"):
+    with pytest.raises(ValueError, match=r"another run is writing it \(.out.partial-0a1b2c3d\)"):
         convert(gqa, tmp_path / "out")
-    assert partial.is_dir()
     os.close(holder)  # as when that run is killed
     convert(gqa, tmp_path / "out")
+    assert f"{partial} is of a run that was killed" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [partial.name, "out"]
+    assert (partial / "work").exists(), "this run has not made it"
+
+
+def test_a_target_that_turns_up_during_the_run_stays(
+    gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = output._sync_directories
+
+    def late(top: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/thesis").touch()
+        sync(top)
+
+    monkeypatch.setattr(output, "_sync_directories", late)
+    for supported in (True, False):
+        if not supported:
+            monkeypatch.setattr(output, "_renameat2", lambda *_: False)
+        for overwrite in (False, True):  # it is no checkpoint either
+            with pytest.raises(ValueError, match=r"out exists|something else than a checkpoint"):
+                convert(gqa, tmp_path / "out", overwrite=overwrite)
+            assert (tmp_path / "out/thesis").exists()
+            assert [path.name for path in tmp_path.iterdir()] == ["out"]
+            shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_of_two_runs_without_locks_both_end_well_or_with_a_sentence(
+    gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
+    """Locks of one node bind no other: the second run begins and ends while the first is about to put its own there."""
+    monkeypatch.setattr(output, "_hold", lambda directory: os.open(directory, os.O_RDONLY))
+    if not supported:
+        monkeypatch.setattr(output, "_renameat2", lambda *_: False)
+    sync = output._sync_directories
+
+    def late(top: Path) -> None:
+        monkeypatch.setattr(output, "_sync_directories", sync)
+        convert(gqa, tmp_path / "out", tensor=4)
+        sync(top)
+
+    monkeypatch.setattr(output, "_sync_directories", late)
+    with pytest.raises(ValueError, match="out exists"):
+        convert(gqa, tmp_path / "out", tensor=2)
+    assert len(list((tmp_path / "out/release").iterdir())) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_what_another_run_puts_there_during_the_exchange_stays(
+    gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
+    target = convert(gqa, tmp_path / "out", tensor=2)
+    monkeypatch.setattr(output, "_hold", lambda directory: os.open(directory, os.O_RDONLY))  # a lock of one node
+    replace = output._replace
+
+    def late(partial: Path, path: Path, seen: tuple[int, int]) -> Path:
+        monkeypatch.setattr(output, "_replace", replace)
+        target.rename(tmp_path / "moved")
+        convert(gqa, target, tensor=4)
+        return replace(partial, path, seen)
+
+    if not supported:
+        monkeypatch.setattr(output, "_renameat2", lambda *_: False)
+    monkeypatch.setattr(output, "_replace", late)
+    with pytest.raises(ValueError, match="another run has put its own checkpoint there meanwhile"):
+        convert(gqa, target, overwrite=True)
+    assert len(list((target / "release").iterdir())) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moved", "out"]
+
+
+def test_a_source_that_is_replaced_while_it_is_read_is_refused(
+    gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(gqa, tmp_path / "source"))
+    checkpoint = open_checkpoint(source)
+    other = make_llama(tmp_path / "other", "gqa", seed=1)
+    (other / "model.safetensors").rename(source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors was changed or replaced while it was read"):
+        save_checkpoint(checkpoint, tmp_path / "out", format="torch")
+    checkpoint = open_checkpoint(source)
+    sync = direct_write.finish
+
+    def late(*arguments: Any) -> None:
+        os.utime(source / "model.safetensors")
+        sync(*arguments)
+
+    monkeypatch.setattr(output, "finish", late)
+    with pytest.raises(ValueError, match=r"model.safetensors was changed or replaced while it was read"):
+        save_checkpoint(checkpoint, tmp_path / "out", format="torch")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "source"]
+
+
+def test_nothing_that_is_a_link_is_followed(gqa: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter").touch()
+    for name in (".out.partial", ".out.replaced", ".out.partial-00000000"):
+        (tmp_path / name).symlink_to(tmp_path / "thesis")
+    convert(gqa, tmp_path / "out")
+    convert(gqa, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "thesis/chapter").exists()
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_refusal_leaves_no_directory_behind(gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = collections.namedtuple("Usage", "free")(10)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(ValueError, match="are free there"):
+        convert(gqa, tmp_path / "a/b/out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_between_the_two_renames_takes_the_first_one_back(
@@ -170,11 +287,11 @@ def test_a_failure_between_the_two_renames_takes_the_first_one_back(
     rename = Path.rename
 
     def interrupted(self: Path, target: Path) -> Path:
-        if self.name == ".out.partial":
+        if self.name.startswith(".out.partial"):
             raise KeyboardInterrupt
         return rename(self, target)
 
-    monkeypatch.setattr(output, "_exchange", lambda *_: False)  # as on NFS
+    monkeypatch.setattr(output, "_renameat2", lambda *_: False)  # as on NFS
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(gqa, old, tensor=4, overwrite=True)
@@ -198,18 +315,18 @@ def test_another_run_is_refused_until_what_was_replaced_is_gone(
 
     monkeypatch.setattr(output.shutil, "rmtree", removing)
     convert(gqa, target, tensor=4, overwrite=True)
-    assert refused == [".out.partial"]
+    assert len(refused) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_run_killed_between_its_two_renames_loses_nothing(gqa: Path, tmp_path: Path) -> None:
+def test_a_run_killed_between_its_two_renames_loses_nothing(
+    gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     old = convert(gqa, tmp_path / "out", tensor=2)
-    old.rename(tmp_path / ".out.replaced")
-    (tmp_path / ".out.partial").mkdir()
-    with pytest.raises(ValueError, match="out exists"):
-        convert(gqa, tmp_path / "out")
-    assert len(list((tmp_path / "out/release").iterdir())) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    old.rename(replaced := tmp_path / ".out.replaced-01234567")
+    convert(gqa, tmp_path / "out", tensor=4)
+    assert f"{replaced} is of a run that was killed" in capsys.readouterr().err
+    assert len(list((replaced / "release").iterdir())) == 2
 
 
 def test_a_failed_write_leaves_nothing_and_the_old_checkpoint(

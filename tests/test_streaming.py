@@ -4,7 +4,9 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -12,29 +14,30 @@ import tracemalloc
 import zipfile
 import zlib
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import convert, rank_file, run
+from helpers import CONVERT, assert_same_tensors, convert, digests, make_llama, rank_file, run, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.pruning.formats import open_checkpoint, save_checkpoint
+from megatron.pruning.formats import megatron_dist, open_checkpoint, save_checkpoint
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.storage import direct_write
+from megatron.pruning.storage import direct_write, output
 from megatron.pruning.storage.dcp_file import read_metadata
 from megatron.pruning.storage.direct_write import Segment, fill, finish
 from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.manifest import MANIFEST, Digest, manifest_bytes, read_manifest, verify
+from megatron.pruning.storage.source_file import File
 from megatron.pruning.storage.torch_writer import archive, tensor
 from megatron.pruning.storage.views import (
     BITS,
     BLOCK_BYTES,
     Bits,
-    File,
     Index,
     Stored,
     View,
@@ -50,6 +53,9 @@ class Held(View):
 
     def __init__(self, bits: Bits, dtype: str = "bf16") -> None:
         self.bits, self.shape, self.dtype = bits, bits.shape, dtype
+
+    def sources(self) -> Iterator[File]:
+        return iter(())
 
     def read_into(self, rows: Index, out: Bits) -> None:
         out[:] = self.bits[rows]
@@ -232,7 +238,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
     path.write_bytes(bytes(4000))
     view = Stored(File(path), 0, (1000,), "fp32")
     os.truncate(path, 1000)
-    with pytest.raises(ValueError, match="ends at byte 1000, 3000 bytes too early"):
+    with pytest.raises(ValueError, match="data was changed or replaced while it was read"):
         view.read(np.arange(1000))
 
 
@@ -327,3 +333,95 @@ def test_manifests_are_the_same_whatever_the_order(tmp_path: Path) -> None:
     assert manifest_bytes(digests) == manifest_bytes(dict(reversed(digests.items())))
     (tmp_path / MANIFEST).write_bytes(manifest_bytes(digests))
     assert read_manifest(tmp_path / MANIFEST) == digests
+
+
+OPTIONAL = (
+    "flock",
+    "posix_fallocate",
+    "posix_fadvise",
+    "fsync of a directory",
+    "renameat2",
+    "O_DIRECT",
+    "direct write",
+)
+
+
+def without(call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the file system answer an optional call with an error."""
+    write, sync, control = os.pwrite, os.fsync, direct_write.fcntl.fcntl
+
+    def refuse(*_: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    def sync_files(descriptor: int) -> None:
+        return refuse() if stat.S_ISDIR(os.fstat(descriptor).st_mode) else sync(descriptor)
+
+    def control_without_direct(descriptor: int, command: int, *argument: int) -> int:
+        direct = command == direct_write.fcntl.F_SETFL and argument[0] & os.O_DIRECT
+        return refuse() if direct else control(descriptor, command, *argument)
+
+    def write_without_direct(descriptor: int, data: memoryview, offset: int) -> int:
+        direct = control(descriptor, direct_write.fcntl.F_GETFL) & os.O_DIRECT
+        return refuse() if direct else write(descriptor, data, offset)
+
+    patches: dict[str, tuple[Any, str, Any]] = {
+        "flock": (output.fcntl, "flock", refuse),
+        "posix_fallocate": (os, "posix_fallocate", refuse),
+        "posix_fadvise": (os, "posix_fadvise", refuse),
+        "fsync of a directory": (os, "fsync", sync_files),
+        "renameat2": (output, "_renameat2", lambda *_: False),
+        "O_DIRECT": (direct_write.fcntl, "fcntl", control_without_direct),
+        "direct write": (os, "pwrite", write_without_direct),
+    }
+    monkeypatch.setattr(*patches[call])
+
+
+@pytest.mark.parametrize("number", sorted(direct_write.UNSUPPORTED), ids=lambda number: errno.errorcode[number])
+@pytest.mark.parametrize("call", OPTIONAL)
+def test_a_file_system_without_an_optional_call_will_do(
+    gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    wanted = digests(convert(gqa, tmp_path / "wanted", tensor=2))
+    without(call, number, monkeypatch)
+    for overwrite in (False, True):
+        assert digests(convert(gqa, tmp_path / "out", tensor=2, overwrite=overwrite)) == wanted
+        assert verify(tmp_path / "out") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "wanted"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+@pytest.mark.parametrize("format", ["hf", "torch", "torch_dist"])
+def test_an_error_of_the_system_is_no_damaged_checkpoint(
+    gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, number: int
+) -> None:
+    source = convert(gqa, tmp_path / "source", format=format)
+
+    def fail(*_: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as failure:
+        convert(source, tmp_path / "out", format="hf")
+    assert str(source) in str(failure.value.filename)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_system_that_takes_nothing_is_an_error(
+    gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(OSError, match="takes no more bytes"):
+        convert(gqa, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_more_files_than_a_process_may_open_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megatron_dist, "SHARD_BYTES", 1)
+    source = make_llama(tmp_path / "hf", layers=60)
+    many = convert(source, tmp_path / "many", format="torch_dist")
+    assert len(list((many / "release").glob("*.distcp"))) > 300
+    limited = ["bash", "-c", 'ulimit -n 128; exec "$@"', "limited", sys.executable, CONVERT]
+    done = run(*limited, "--load", str(many), "--save", str(tmp_path / "back"), "--format", "hf")
+    assert done.returncode == 0, done.stderr
+    assert_same_tensors(tensors(tmp_path / "back"), tensors(source))

@@ -261,10 +261,10 @@ def refused(forker: StockLoop, name: str, words: str, sentence: str) -> None:
         ("missing weight", f"lacks {FC2}"),
         ("other shape", f"{FC2} is (32, 63) there and (32, 64) here"),
         ("extra weight", "has no decoder.layers.9.mlp.linear_fc2.weight"),
-        ("truncated", "mp_rank_00/model_optim_rng.pt is cut short"),
+        ("truncated", "is not a complete file of torch.save"),
         ("no file", "neither mp_rank_*/model_optim_rng.pt nor .metadata"),
         ("no iteration", f"there is no iter_{STEPS:07d} in it"),
-        ("no shard", "cannot load the checkpoint in no_shard"),
+        ("no shard", ".metadata names __0_0.distcp, which is not there"),
     ],
 )
 @pytest.mark.usefixtures("trained")
@@ -294,7 +294,7 @@ TUNED = f"{MODEL} {TRAINING} {DATA} --finetune --load dist"
             "global batch size (3) is not divisible by micro",
         ),
         (f"{MODEL} --micro-batch-size 2", "given: --seq-length --train-iters (or --train-samples) --lr --train-data"),
-        (f"{MODEL} {TRAINING} --train-data-path absent", "cannot be found at the path prefix absent"),
+        (f"{MODEL} {TRAINING} --train-data-path absent", "--train-data-path absent: there is no absent.bin"),
         (f"{TUNED} --save more --use-distributed-optimizer", "cannot resume without TransformerEngine or apex"),
     ],
 )

@@ -14,7 +14,7 @@ from megatron.pruning.model.axes import PRUNABLE
 from megatron.pruning.plan.report import table
 from megatron.pruning.plan.shapes import Shape
 from megatron.pruning.storage.processes import count
-from megatron.pruning.storage.small_files import write_durably
+from megatron.pruning.storage.small_files import replace_durably
 
 STEPS = 200
 _SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "check_model.sh"
@@ -66,7 +66,7 @@ def measure(
         finally:
             shutil.rmtree(work, ignore_errors=True)
         ranking = [{"shape": i, "loss": loss, **shapes[i - 1].sizes} for i, loss in enumerate(losses, start=1)]
-        write_durably(folder / "losses.json", (json.dumps(ranking, indent=1) + "\n").encode())
+        replace_durably(folder / "losses.json", (json.dumps(ranking, indent=1) + "\n").encode())
     order = sorted(range(len(shapes)), key=lambda i: losses[i])
     rows: list[Sequence[str]] = [("rank", "shape", *PRUNABLE, "parameters", f"loss after {steps} steps")]
     for rank, i in enumerate(order, start=1):

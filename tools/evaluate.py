@@ -16,23 +16,22 @@ import importlib.util
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import Checkpoint
-from megatron.pruning.model.hf_config import config_to_hf, hf_export_problem
 from megatron.pruning.plan.report import table
 from megatron.pruning.storage.dtypes import TORCH_NAMES
-from megatron.pruning.storage.views import cast, read_all
+from megatron.pruning.storage.small_files import replace_durably
+from megatron.pruning.training.hf_model import build, tokenizer_of
 from megatron.pruning.training.tokens import windows
 
 
@@ -53,11 +52,19 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="documents of each task, the first N (default: all)"
     )
-    parser.add_argument("--sequence-length", type=positive, default=512, help="tokens of a window (default 512)")
     parser.add_argument(
-        "--max-tokens", type=positive, default=200_000, help="tokens of the data, from its start (default 200,000)"
+        "--sequence-length", type=positive, default=512, metavar="N", help="tokens of a window (default 512)"
     )
-    parser.add_argument("--batch-size", type=positive, default=8, help="windows that are computed at once (default 8)")
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=200_000,
+        metavar="N",
+        help="tokens of the data, from its start (default 200,000)",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="windows that are computed at once (default 8)"
+    )
     parser.add_argument(
         "--dtype",
         choices=tuple(TORCH_NAMES),
@@ -65,28 +72,13 @@ def parser() -> argparse.ArgumentParser:
         help="dtype to compute in (default: bf16 on a GPU, else fp32)",
     )
     parser.add_argument(
-        "--device", default="cuda" if gpu else "cpu", help="device to compute on (default: a GPU when there is one)"
+        "--device",
+        default="cuda" if gpu else "cpu",
+        metavar="NAME",
+        help="device to compute on (default: a GPU when there is one)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the results to, too")
     return parser
-
-
-def build(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
-    """Return the checkpoint as a transformers model in eval mode. Raises ValueError for what transformers has not."""
-    if problem := hf_export_problem(checkpoint.config):
-        raise ValueError(f"{checkpoint.path}: {problem}")
-    config = AutoConfig.for_model(**config_to_hf(checkpoint.config, dtype))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    state = {}
-    for weight, layer, view in checkpoint.weights():
-        bits = torch.from_numpy(read_all(cast(view, dtype)))
-        state[weight.hf_key(layer)] = bits.view(getattr(torch, TORCH_NAMES[dtype]))
-    if checkpoint.config.tied:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, strict=True, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not loaded
-    return model.to(device).eval()
 
 
 @torch.no_grad()
@@ -106,17 +98,7 @@ def task_scores(checkpoint: Checkpoint, model: PreTrainedModel, args: argparse.N
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    files = checkpoint.carried_files()
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            Path(folder, name).write_bytes(content)
-        Path(folder, "config.json").write_text(json.dumps(config_to_hf(checkpoint.config, args.dtype)))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--tasks: there is no tokenizer beside {checkpoint.path} that transformers reads"
-            ) from error
+    tokenizer = tokenizer_of(checkpoint)
     manager = TaskManager(include_path=args.task_folder)
     unknown = [name for name in args.tasks if not manager.match_tasks([name])]
     if unknown:
@@ -150,6 +132,10 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--tasks needs lm-evaluation-harness, which is not installed: pip install lm-eval==0.4.13")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no GPU here; leave it out")
+    try:
+        torch.empty(0, device=args.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {args.device}: torch has no such device here; leave it out") from error
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no directory {args.json.parent}")
     checkpoints = [open_checkpoint(path) for path in args.load]
@@ -171,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
         results.append(result | (task_scores(checkpoint, model, args) if args.tasks else {}))
     print(result_table(results))
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        replace_durably(args.json, (json.dumps(results, indent=1) + "\n").encode())
 
 
 def command() -> None:

@@ -8,22 +8,24 @@
 --verify reads every file again and compares its length and crc32 with the manifest.json that lies beside them since
 they were written; it names each file that differs or is missing (status 1), and those that came later.
 
-The digest is of the logical weights: the same for the same model in every format and layout, so that a conversion of
-any size can be checked without loading a model. It changes with the dtype (weights of several dtypes that Megatron
-fuses become fp32 there).
+The digest is of the constants and the logical weights: the same for the same model in every format and layout, so that
+a conversion of any size can be checked without loading a model. It changes with the dtype (weights of several dtypes
+that Megatron fuses become fp32 there).
 """
 
 import argparse
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from megatron.pruning.cli.entry import run
+from megatron.pruning.cli.entry import plain, run
 from megatron.pruning.cli.flags import hyphenated, natural, new_parser
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
+from megatron.pruning.model.megatron_args import config_to_command_line
 from megatron.pruning.storage.manifest import MANIFEST, read_manifest, verify
 from megatron.pruning.storage.progress import Progress
 from megatron.pruning.storage.views import View, blocks, cast
@@ -38,7 +40,14 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--weights", action="store_true", help="list every logical weight: shape, dtype, L2 norm")
     parser.add_argument("--verify", action="store_true", help=f"check all files against {MANIFEST}")
-    parser.add_argument("--digest", action="store_true", help="print the digest of all logical weights")
+    parser.add_argument(
+        "--megatron-flags",
+        action="store_true",
+        help="print only the flags with which pretrain_gpt.py trains it, a word a line",
+    )
+    parser.add_argument(
+        "--digest", action="store_true", help="print the digest of the constants and all logical weights"
+    )
     return parser
 
 
@@ -80,8 +89,8 @@ def norm(view: View) -> float:
 
 
 def digest(checkpoint: Checkpoint) -> str:
-    """Return the SHA-256 of all logical weights: name, dtype, shape and bytes, in the order of the forward pass."""
-    total = hashlib.sha256()
+    """Return the SHA-256 of the constants and all logical weights: name, dtype, shape and bytes, in forward order."""
+    total = hashlib.sha256(json.dumps(checkpoint.config.constants, sort_keys=True).encode())
     progress = Progress("reading", checkpoint.nbytes, show=True)
     for weight, layer, view in checkpoint.weights():
         total.update(f"{weight.hf_key(layer)} {view.dtype} {view.shape}\n".encode())
@@ -100,7 +109,7 @@ def check_files(directory: Path) -> None:
     for line in problems + [
         f"{directory / name} is not in the manifest" for name in sorted(found - {*named, MANIFEST})
     ]:
-        print(line)
+        print(plain(line))
     if problems:
         raise ValueError(f"{len(problems)} of the {len(named)} files of {directory} are not as they were written")
     print(f"verified: all {len(named)} files, {sum(digest.length for digest in named.values()):,} bytes")
@@ -112,7 +121,11 @@ def main(argv: Sequence[str]) -> None:
     if args.verify:  # first: what is damaged may not open
         check_files(args.path)
     checkpoint = open_checkpoint(args.path, args.iteration)
-    print(describe(checkpoint))
+    if args.megatron_flags:
+        lines = config_to_command_line(checkpoint.config, checkpoint.training_layout)
+        print("\n".join(word for line in lines for word in line.split()))
+        return
+    print(plain(describe(checkpoint)))
     if args.weights:
         for weight, layer, view in checkpoint.weights():
             shape = " x ".join(map(str, view.shape))

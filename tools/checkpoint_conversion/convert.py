@@ -22,6 +22,7 @@ from megatron.pruning.cli.flags import (
     hyphenated,
     layout_from_flags,
     new_parser,
+    refuse_idle_layout,
     save_as_asked,
     say_source,
     set_vocabulary,
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> None:
     """Open, save."""
     args = parser().parse_args(hyphenated(argv))
     check_target(args.save, args.overwrite)
+    refuse_idle_layout(args)
     source = open_checkpoint(args.load, args.iteration)
     set_vocabulary(source, args)
     layout = layout_from_flags(args, source.layout)

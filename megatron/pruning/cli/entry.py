@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from megatron.pruning.storage.processes import World, count, is_first, rank
+from megatron.pruning.storage.processes import World, count, is_first_here, rank
 
-RANK_0_SPEAKS = 10.0  # seconds that the other ranks give it
+ANOTHER_SPEAKS = 10.0  # seconds that the other processes of a machine give its first
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -24,8 +24,8 @@ def run(main: Callable[[Sequence[str]], None], left: str = "nothing was left beh
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        if count() > 1 and not is_first() and not World.joined:
-            _let_rank_0_speak()
+        if count() > 1 and not is_first_here() and not World.joined:
+            _let_another_speak()
         _end(str(error), 1)
     except OSError as error:
         _end(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1)
@@ -48,17 +48,22 @@ def _end_by_signal(number: int, _: FrameType | None) -> NoReturn:
     raise _EndedError(number)
 
 
-def _let_rank_0_speak() -> None:
-    """Wait: where every process of a torchrun has met the same mistake, rank 0 says it and torchrun ends this one."""
+def _let_another_speak() -> None:
+    """Wait: where every process has met the same mistake, the first of each machine says it and torchrun ends this."""
     for number in ENDING:
         signal.signal(number, signal.SIG_DFL)
-    time.sleep(RANK_0_SPEAKS)
+    time.sleep(ANOTHER_SPEAKS)
+
+
+def plain(text: str) -> str:
+    """Return text that a terminal shows and does not obey: a name out of a file may hold anything."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _end(message: str, status: int) -> NoReturn:
     where = f"[rank {rank()}] " if count() > 1 else ""
+    if World.current is not None:
+        World.current.fail(message[:200])
     one_line = " ".join(line.strip() for line in message[:2000].splitlines())
-    # A name out of a broken file may hold anything, also what commands a terminal.
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in one_line)
-    print(f"{where}error: {plain}", file=sys.stderr, flush=True)
+    print(f"{where}error: {plain(one_line)}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -122,6 +122,8 @@ def set_vocabulary(source: Checkpoint, args: argparse.Namespace) -> None:
 def say_source(source: Checkpoint) -> None:
     """Print what the source is, and what of it is left behind."""
     print(f"source: {source}", flush=True)
+    if source.left_behind:
+        print(f"note: of its config.json, what would have a reader run code stays: {', '.join(source.left_behind)}")
     if source.has_optimizer:
         print("note: the optimizer state of the source is not carried on: training starts with a fresh one")
     if not source.vocab_is_known:
@@ -170,8 +172,16 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_idle_layout(args: argparse.Namespace) -> None:
+    """Raise ValueError for a flag of the layout where the target's format has none."""
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "make_vocab_size_divisible_by")
+    for name in names:
+        if (value := getattr(args, name)) is not None and not FORMATS[args.format].parallel:
+            raise ValueError(f"{flag_of(name)} {value}: --format {args.format} has no layout; leave it out")
+
+
 def layout_from_flags(args: argparse.Namespace, source: Layout | None) -> Layout:
-    """Return the target's layout. Raises ValueError for a size below 1."""
+    """Return the target's layout. Raises ValueError for a size that no layout has."""
     default = source if source is not None and FORMATS[args.format].parallel else Layout()
     return Layout(
         default.tensor if args.tensor_model_parallel_size is None else args.tensor_model_parallel_size,

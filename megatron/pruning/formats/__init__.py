@@ -32,8 +32,25 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
         if (directory := format.detect(path, iteration)) is not None:
             return format.open(path, directory)
     formats = {mark: [f.name for f in FORMATS.values() if f.mark == mark] for mark in _marks()}
+    if (other := _format_that_is_not_read(path)) is not None:
+        raise ValueError(f"--load {path} {other}")
     known = " nor a ".join(f"{mark} ({', '.join(names)})" for mark, names in formats.items())
     raise ValueError(f"--load {path} is not a checkpoint: it has neither a {known}")
+
+
+# What lies in checkpoints that people try, and what to say of them.
+_NOT_READ = {
+    "adapter_config.json": "is an adapter (LoRA), not a model: merge it into its base model first",
+    "consolidated*": "has Meta's own files, which are not read: take the same model in Hugging Face's format",
+    "*.gguf": "is a GGUF, which is not read: take the model that it was made of, or convert it with transformers",
+    "*.nemo": "is a NeMo archive, which is not read: export it to Hugging Face's format with NeMo",
+    "*/.zarray": "is a zarr checkpoint, which is not read: load it with Megatron and save it as torch_dist",
+    "*/*/.zarray": "is a zarr checkpoint, which is not read: load it with Megatron and save it as torch_dist",
+}
+
+
+def _format_that_is_not_read(path: Path) -> str | None:
+    return next((said for pattern, said in _NOT_READ.items() if next(path.glob(pattern), None)), None)
 
 
 def check_target(path: Path, overwrite: bool) -> None:

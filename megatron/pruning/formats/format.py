@@ -1,6 +1,6 @@
 """What a format is: how a directory of it is known, opened and written."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,8 +8,23 @@ from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.storage.output import OutputFile
 
+SHARD_BYTES = 5_000_000_000  # of a file, where a format may have several
+
 # The files of weights, and the small files beside them by name.
 Output = tuple[Sequence[OutputFile], Mapping[str, bytes]]
+
+
+def in_shards[T](items: Iterable[tuple[T, int]], most: int = SHARD_BYTES) -> list[list[T]]:
+    """Deal items with their bytes out to lists of at most so many bytes, in order; a larger item has one to itself."""
+    shards: list[list[T]] = [[]]
+    size = 0
+    for item, nbytes in items:
+        if shards[-1] and size + nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += nbytes
+    return shards
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,25 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor
-from megatron.pruning.formats.format import Format, Output, SaveOptions
+from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor, ties
+from megatron.pruning.formats.format import SHARD_BYTES, Format, Output, SaveOptions, in_shards
 from megatron.pruning.model.checkpoint import Checkpoint, carried_files_of
 from megatron.pruning.model.config import LlamaConfig
-from megatron.pruning.model.hf_config import config_from_hf, config_to_hf, hf_export_problem
-from megatron.pruning.model.weights import WeightRow, all_weights, weight_shape
+from megatron.pruning.model.hf_config import RUNS_CODE, config_from_hf, config_to_hf, hf_export_problem
+from megatron.pruning.model.weights import FIRST, LAST, WeightRow, all_weights, weight_shape
+from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.safetensors_file import SafetensorsFile, read_safetensors
 from megatron.pruning.storage.small_files import as_json, parse_json, read_small
-from megatron.pruning.storage.views import File, Stored, View, cast
+from megatron.pruning.storage.source_file import File
+from megatron.pruning.storage.views import Stored, View, cast
 
 CONFIG_FILE = "config.json"
-SHARD_BYTES = 5_000_000_000
+_WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)*")  # what data parallelism and torch.compile put before a name
+EMBEDDING, HEAD = FIRST[0], LAST[-1]
 _MAX_JSON_BYTES = 10_000_000  # of a config.json or an index
 
 # Buffers that old exports stored: recomputed from the config, not weights.
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_IGNORED = re.compile(r"(?:.+\.)?rotary_emb\..+|(?:.+\.)?(?:self_attn|attention)\.(?:bias|masked_bias)")
 
 
 class HfCheckpoint(Checkpoint):
@@ -32,15 +35,16 @@ class HfCheckpoint(Checkpoint):
         self.path, self.root, self.tokenizer_folder = path, directory, directory
         self.files = _weight_files(path)
         self.config = read_hf_config(path / CONFIG_FILE)
-        self._stored: dict[str, Stored] = {}
+        self.left_behind, self.declared_dtype = code_named_in(path / CONFIG_FILE), dtype_of(path / CONFIG_FILE)
+        self._stored: dict[str, View] = {}
         for file in self.files:
-            reader = read_safetensors if file.suffix == ".safetensors" else _read_bin
-            for key, tensor in reader(file).items():
-                if _IGNORED.fullmatch(key) or (self.config.tied and key == "lm_head.weight"):
-                    continue
+            read = read_safetensors if file.suffix == ".safetensors" else _read_bin
+            for stored_key, tensor in read(file, _IGNORED).items():
+                key = _WRAPPED.sub("", stored_key)
                 if key in self._stored:
-                    raise ValueError(f"{key} is in {self._stored[key].file.path} and again in {file}")
+                    raise ValueError(f"{key} is in {next(self._stored[key].sources()).path} and again in {file}")
                 self._stored[key] = tensor
+        self.config = ties(self.config, self._stored, EMBEDDING.hf_key(None), HEAD.hf_key(None))
         self._check()
 
     def _check(self) -> None:
@@ -61,6 +65,18 @@ class HfCheckpoint(Checkpoint):
 def read_hf_config(path: Path) -> LlamaConfig:
     """Read a config.json. Raises ValueError when it is not JSON or not a Llama's."""
     return config_from_hf(_read_json(path), str(path))
+
+
+def code_named_in(path: Path) -> tuple[str, ...]:
+    """Return the settings of a config.json that would have a reader run code."""
+    return tuple(name for name in RUNS_CODE if _read_json(path).get(name) is not None)
+
+
+def dtype_of(path: Path) -> str | None:
+    """Return the dtype that a config.json declares, None where it is not said, or not one of Llama's."""
+    raw = _read_json(path)
+    said = raw.get("dtype") or raw.get("torch_dtype")
+    return next((ours for ours, theirs in TORCH_NAMES.items() if said == theirs), None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -87,7 +103,7 @@ def _weight_files(path: Path) -> list[Path]:
     raise ValueError(f"{path} has a config.json but neither model.safetensors nor pytorch_model.bin (or their index)")
 
 
-def _read_bin(path: Path) -> dict[str, Stored]:
+def _read_bin(path: Path, ignored: re.Pattern[str]) -> dict[str, Stored]:
     from megatron.pruning.storage.torch_reader import load_torch, stored
 
     file = File(path)
@@ -96,7 +112,7 @@ def _read_bin(path: Path) -> dict[str, Stored]:
         raise ValueError(f"{path} holds {type(content).__name__}, not a state dict")
     if strange := [key for key in content if not isinstance(key, str)]:
         raise ValueError(f"{path} holds a tensor called {reprlib.repr(strange[0])}")
-    return {key: stored(file, key, tensor) for key, tensor in content.items() if not _IGNORED.fullmatch(key)}
+    return {key: stored(file, key, tensor) for key, tensor in content.items() if not ignored.fullmatch(key)}
 
 
 def hf_output(checkpoint: Checkpoint, options: SaveOptions, shard_bytes: int = SHARD_BYTES) -> Output:
@@ -106,19 +122,12 @@ def hf_output(checkpoint: Checkpoint, options: SaveOptions, shard_bytes: int = S
     """
     if problem := hf_export_problem(checkpoint.config):
         raise ValueError(problem)
-    shards: list[dict[str, View]] = [{}]
-    size = 0
-    for weight, layer, view in checkpoint.weights():
-        out = cast(view, options.dtype)
-        if shards[-1] and size + out.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][weight.hf_key(layer)] = out
-        size += out.nbytes
+    views = {weight.hf_key(layer): cast(view, options.dtype) for weight, layer, view in checkpoint.weights()}
+    shards = in_shards(((item, item[1].nbytes) for item in views.items()), shard_bytes)
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = [SafetensorsFile(name, views) for name, views in zip(names, shards, strict=True)]
+    files = [SafetensorsFile(name, dict(shard)) for name, shard in zip(names, shards, strict=True)]
     beside = {
         CONFIG_FILE: as_json(config_to_hf(checkpoint.config, options.dtype or checkpoint.dtype)),
         **checkpoint.carried_files(),

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor
-from megatron.pruning.formats.huggingface import CONFIG_FILE, read_hf_config
-from megatron.pruning.model.axes import axes_of
+from megatron.pruning.formats.huggingface import CONFIG_FILE, code_named_in, dtype_of, read_hf_config
+from megatron.pruning.model.axes import BLOCKS, axes_of
 from megatron.pruning.model.checkpoint import Checkpoint, carried_files_of
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.hf_config import config_to_hf
@@ -24,7 +24,7 @@ from megatron.pruning.model.megatron_args import config_from_args, config_to_com
 from megatron.pruning.model.weights import FIRST, LAST, TABLE, WeightRow, layer_weights, split_dim
 from megatron.pruning.storage.dcp_file import METADATA
 from megatron.pruning.storage.small_files import as_json, read_small
-from megatron.pruning.storage.views import View, cast, concat, read_all, take
+from megatron.pruning.storage.views import View, cast, concat, equal, read_all, take
 
 TE = "transformer_engine"  # whose layers a checkpoint is of, as --transformer-impl names them
 LOCAL = "local"
@@ -128,20 +128,24 @@ class MegatronCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, directory: Path, args: Namespace, layout: Layout | None) -> None:
         self.path, self.layout = path, layout
-        self.root = path if (path / TRACKER).is_file() else directory.resolve().parent
+        self.root = path
+        above = directory.resolve().parent
+        if directory == path and (above / TRACKER).is_file():  # the user named an iteration of a checkpoint
+            self.root = above
         self.tokenizer_folder = self.root / HF_FILES
         self.args = args
         # (Megatron name, layer) -> the shards of all tensor ranks
         self.shards: dict[tuple[str, int | None], list[View]] = {}
         self.config = self._read_config(directory)
-        self.transformer_impl = getattr(args, "transformer_impl", None) or LOCAL
+        self.transformer_impl = TE if getattr(args, "transformer_impl", None) == TE else LOCAL
 
     def _read_config(self, directory: Path) -> LlamaConfig:
         config = config_from_args(self.args, str(directory))
         carried = self.root / HF_FILES / CONFIG_FILE
         self.vocab_is_known = bool(getattr(self.args, "vocab_size", None)) or carried.is_file()
         if carried.is_file():
-            hf = read_hf_config(carried)
+            hf, self.left_behind = read_hf_config(carried), code_named_in(carried)
+            self.declared_dtype = dtype_of(carried)
             vocab = config.vocab_size if getattr(self.args, "vocab_size", None) else hf.vocab_size
             config = dataclasses.replace(config, vocab_size=vocab)
             if hf.features == config.features:  # the arguments do not tell families apart that have the same rows
@@ -160,8 +164,25 @@ class MegatronCheckpoint(Checkpoint):
             sizes["ffn"] = self.shards["mlp.linear_fc2", layer][rank].shape[-1]
         return sizes
 
+    def _tie(self) -> None:
+        """Keep one of the two matrices of a tied model: the last stage has a copy of the embedding, under any name.
+
+        Raises ValueError when the copy is none.
+        """
+        embedding, head = ((row.megatron, None) for row in (FIRST[0], LAST[-1]))
+        if not self.config.tied or head not in self.shards:
+            return
+        copies = self.shards.pop(head)
+        for rank, (one, copy) in enumerate(zip(self.shards.setdefault(embedding, copies), copies, strict=False)):
+            if one is not copy and not equal(one, copy, _DRIFT):
+                raise ValueError(
+                    f"{self.path}: the output layer on tensor rank {rank} is not a copy of the embedding, "
+                    "but its arguments say that they are tied: one of them is of another model or another time"
+                )
+
     def check(self) -> None:
         """Raise ValueError unless every weight is there, on all ranks, in the shape that config and ranks imply."""
+        self._tie()
         where, config = str(self.path), self.config
         expected = {
             (name, layer)
@@ -180,7 +201,7 @@ class MegatronCheckpoint(Checkpoint):
             for rank, shard in enumerate(shards):
                 shape = fused_shape(FUSED[name], self._rank_sizes(layer, rank))
                 check_tensor(f"{where}, tensor rank {rank}", full_key(name, layer), shard, shape)
-        for axis in ("groups", "ffn"):
+        for axis in BLOCKS:
             for layer in range(config.num_layers):
                 total = sum(self._rank_sizes(layer, rank)[axis] for rank in range(ranks))
                 if total != config.sizes[axis]:
@@ -206,8 +227,18 @@ class MegatronCheckpoint(Checkpoint):
         whole = concat(parts, dim)
         return take(whole, 0, np.arange(self.config.vocab_size)) if weight.dims[0] == "vocab" else whole
 
+    @property
+    def training_layout(self) -> Layout:
+        """Its own; that of its arguments where it is cut for no layout and loads in any."""
+        if self.layout is not None:
+            return self.layout
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "make_vocab_size_divisible_by")
+        sizes = [getattr(self.args, name, None) for name in names]
+        default = dataclasses.astuple(Layout())
+        return Layout(*(size if type(size) is int else usual for size, usual in zip(sizes, default, strict=True)))
+
     def carried_files(self) -> dict[str, bytes]:
-        return carried_files_of(self.root / HF_FILES)
+        return carried_files_of(self.root / HF_FILES, self.root)
 
 
 def _check_replicas(where: str, key: str, shards: Sequence[View]) -> None:
@@ -248,7 +279,7 @@ def _rank_view(checkpoint: Checkpoint, name: str, layer: int | None, layout: Lay
     padded = layout.padded_vocab(config.vocab_size)
     bounds = {"vocab": [padded * t // layout.tensor, padded * (t + 1) // layout.tensor]}
     if layer is not None:
-        for axis in ("groups", "ffn"):
+        for axis in BLOCKS:
             bounds[axis] = checkpoint.boundaries(axis, layer, layout.tensor)[t : t + 2]
         bounds["heads"] = [bound * config.heads_per_group for bound in bounds["groups"]]
     sizes = {**config.sizes, **{axis: stop - start for axis, (start, stop) in bounds.items()}}

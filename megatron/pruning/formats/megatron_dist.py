@@ -6,14 +6,12 @@ rank; chunks may cut it anywhere. `common.pt` holds the arguments, or since 0.19
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron.pruning.formats.format import Format, Output, SaveOptions
-from megatron.pruning.formats.huggingface import SHARD_BYTES
+from megatron.pruning.formats.format import SHARD_BYTES, Format, Output, SaveOptions, in_shards
 from megatron.pruning.formats.megatron import (
     RELEASE,
     TRACKER,
@@ -42,8 +40,9 @@ from megatron.pruning.storage.dcp_file import (
     read_metadata,
 )
 from megatron.pruning.storage.small_files import as_json
+from megatron.pruning.storage.source_file import File
 from megatron.pruning.storage.torch_reader import load_torch
-from megatron.pruning.storage.views import File, View, cast, concat
+from megatron.pruning.storage.views import View, cast, concat
 
 COMMON = "common.pt"  # what all ranks know
 _STACKED = "decoder.layers."
@@ -76,8 +75,6 @@ class DistCheckpoint(MegatronCheckpoint):
         stacked = layer is None and key.startswith(_STACKED)
         if stacked:
             name, _ = split_key(key.replace(_STACKED, f"{_STACKED}0.", 1))
-        if self.config.tied and name == "output_layer":
-            return
         if not is_known(name, 0 if stacked else layer) or entry.shape is None:
             raise ValueError(f"{directory} holds an unexpected tensor: {key[:200]}")
         if entry.dtype is None:
@@ -179,9 +176,8 @@ def dist_output(checkpoint: Checkpoint, options: SaveOptions) -> Output:
     objects = {
         f"{_STACKED}{name}._extra_state/shard_{i}_{layers}": none for i in range(layers) for name in _EXTRA_STATES
     }
-    files = [
-        DistFile(f"{RELEASE}/__{i}_0.distcp", part, objects if i == 0 else {}) for i, part in enumerate(_parts(pieces))
-    ]
+    parts = in_shards(((piece, piece.view.nbytes) for piece in pieces), SHARD_BYTES)
+    files = [DistFile(f"{RELEASE}/__{i}_0.distcp", part, objects if i == 0 else {}) for i, part in enumerate(parts)]
     beside = side_files(checkpoint, layout, dtype)
     beside[f"{RELEASE}/{METADATA}"] = metadata_bytes(files, layers)
     beside[f"{RELEASE}/{COMMON}"] = object_bytes(_common(config, layout))
@@ -201,19 +197,6 @@ def _common(config: LlamaConfig, layout: Layout) -> dict[str, Any]:
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-
-
-def _parts(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Cut the pieces into files of about `SHARD_BYTES`, which processes share among them."""
-    parts: list[list[Piece]] = [[]]
-    size = 0
-    for piece in pieces:
-        if parts[-1] and size + piece.view.nbytes > SHARD_BYTES:
-            parts.append([])
-            size = 0
-        parts[-1].append(piece)
-        size += piece.view.nbytes
-    return parts
 
 
 def _detect(path: Path, iteration: int | None) -> Path | None:

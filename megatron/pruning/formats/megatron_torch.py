@@ -29,10 +29,14 @@ from megatron.pruning.model.megatron_args import config_from_args, config_to_arg
 from megatron.pruning.model.weights import FIRST
 from megatron.pruning.storage.dcp_file import METADATA
 from megatron.pruning.storage.output import OutputFile
+from megatron.pruning.storage.source_file import File
 from megatron.pruning.storage.torch_reader import load_torch, stored
 from megatron.pruning.storage.torch_writer import archive, tensor
-from megatron.pruning.storage.views import File, View, cast
+from megatron.pruning.storage.views import View, cast
 
+# Buffers that are recomputed from the arguments, not weights.
+_IGNORED = re.compile(r"(?:.+\.)?(?:rotary_pos_emb|rotary_emb)\..+")
+_EXPERT_DIRECTORY = re.compile(r"mp_rank_\d+_\d+_\d+")
 _RANK_DIRECTORY = re.compile(r"mp_rank_(\d{2,})(_\d{3,})?")
 
 
@@ -83,7 +87,7 @@ class TorchCheckpoint(MegatronCheckpoint):
         file, layers = File(path), set()
         for key, value in model.items():
             name, layer = split_key(key)
-            if key.endswith("_extra_state") or (self.config.tied and name == "output_layer"):
+            if key.endswith("_extra_state") or _IGNORED.fullmatch(key):
                 continue
             if not is_known(name, layer):
                 raise ValueError(f"{path} holds an unexpected tensor: {key[:200]}")
@@ -172,6 +176,8 @@ def _rank_files(directory: Path) -> dict[tuple[int, int], Path]:
     """Return the file of every (tensor, pipeline) rank. Raises ValueError unless the directories form a full grid."""
     found: dict[tuple[int, int], Path] = {}
     for path in sorted(directory.iterdir()):
+        if _EXPERT_DIRECTORY.fullmatch(path.name):
+            raise ValueError(f"{directory} is cut over experts ({path.name}): only dense models are read")
         if match := _RANK_DIRECTORY.fullmatch(path.name):
             rank = int(match[1]), int((match[2] or "_0")[1:])
             if rank in found:
@@ -237,6 +243,8 @@ class TorchFile(OutputFile):
 
 def _detect(path: Path, iteration: int | None) -> Path | None:
     directory = find_iteration(path, iteration)
+    if directory is not None and next(directory.glob("*/.zarray"), None):
+        return None
     return None if directory is None or (directory / METADATA).is_file() else directory
 
 

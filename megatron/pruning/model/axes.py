@@ -16,6 +16,7 @@ class Axis:
     field: str
     per_layer: bool = False  # every layer keeps indices of its own
     split: bool = False  # tensor parallelism cuts it into one block a rank
+    follows: str | None = None  # the axis whose blocks decide what is in its own
     flag: str | None = None  # the flag that says how much remains; None: the axis is never pruned
     # The number that its stream of random numbers is drawn from. Never change one: the same seed is to give the same
     # plan for ever. Ascending, it is also the order in which axes are decided.
@@ -26,9 +27,9 @@ class Axis:
 AXES = (
     Axis("layers", "layers", "num_layers", flag="--num-layers-remain", stream=4, limit=10_000),
     Axis("hidden", "hidden size", "hidden_size", flag="--hidden-size-remain", stream=0),
-    Axis("ffn", "ffn hidden size", "ffn_hidden_size", True, True, "--ffn-hidden-size-remain", stream=3),
-    Axis("heads", "attention heads", "num_attention_heads", True, True, "--num-attention-heads-remain", stream=2),
-    Axis("groups", "query groups", "num_query_groups", True, True, "--num-query-groups-remain", stream=1),
+    Axis("ffn", "ffn hidden size", "ffn_hidden_size", True, True, flag="--ffn-hidden-size-remain", stream=3),
+    Axis("heads", "attention heads", "num_attention_heads", True, True, "groups", "--num-attention-heads-remain", 2),
+    Axis("groups", "query groups", "num_query_groups", True, True, flag="--num-query-groups-remain", stream=1),
     Axis("head_dim", "head size", "head_dim"),
     Axis("vocab", "vocabulary", "vocab_size", split=True),
 )
@@ -39,6 +40,8 @@ AXIS = {axis.name: axis for axis in AXES}
 PRUNABLE = tuple(axis.name for axis in AXES if axis.flag)
 CHOSEN = tuple(sorted((name for name in PRUNABLE if name != "layers"), key=lambda name: AXIS[name].stream or 0))
 PER_LAYER = tuple(name for name in CHOSEN if AXIS[name].per_layer)
+# Of those, the ones that are cut into a block a tensor-parallel rank of their own accord.
+BLOCKS = tuple(name for name in PER_LAYER if AXIS[name].split and not AXIS[name].follows)
 
 
 def axes_of(dim: str) -> tuple[str, ...]:

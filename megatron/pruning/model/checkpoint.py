@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,24 +13,20 @@ from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.weights import WeightRow, all_weights
 from megatron.pruning.storage.dtypes import BYTES
-from megatron.pruning.storage.small_files import read_small
+from megatron.pruning.storage.small_files import as_json, read_small
 from megatron.pruning.storage.views import View
 
+SAMPLED_ROWS = 8  # of a matrix, by which a model is told from another
 PLAN_FILE = "prune_plan.json"  # lies beside the weights of a pruned checkpoint
 
-# Files that travel with a model beside its weights and its config.json.
-CARRIED_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template*",
-    "LICENSE*",
-    "USE_POLICY*",
-    "NOTICE*",
+# Files that travel with a model beside its weights and its config.json: data and texts, never a program.
+_CARRIED = re.compile(
+    r"(?:tokenizer|tekken|vocab|merges|added_tokens|special_tokens_map|generation_config|chat_template|spiece"
+    r"|sentencepiece)[\w.-]*\.(?:json|model|txt|jinja|tiktoken|bpe)(?:\.v\d+)?|additional_chat_templates/[\w.-]+\.jinja"
+    r"|(?:LICENSE|USE_POLICY|NOTICE)[\w-]*(?:\.(?:txt|md))?|merges|vocab"
 )
+# Settings of a carried JSON file that have a reader run code, or fetch it.
+_RUNS_CODE = ("auto_map",)
 
 
 class Checkpoint(ABC):
@@ -44,6 +41,8 @@ class Checkpoint(ABC):
     format: str
     layout: Layout | None
     config: LlamaConfig
+    declared_dtype: str | None = None  # of the whole model, as its config.json has it
+    left_behind: tuple[str, ...] = ()  # settings of its config.json that name code, which does not go on
     transformer_impl: str = "local"  # whose layers a Megatron `torch` checkpoint was saved from
     has_optimizer: bool = False  # which is never carried on
     tokenizer_folder: Path  # where the tokenizer's files are, if there are any
@@ -63,6 +62,11 @@ class Checkpoint(ABC):
         layout.check_split(self.config.sizes, "the model's")
         layout.check_stages(self.config.sizes, "the model's")
 
+    @property
+    def training_layout(self) -> Layout:
+        """The layout that a training of it has unless told otherwise."""
+        return self.layout or Layout()
+
     def weights(self) -> Iterator[tuple[WeightRow, int | None, View]]:
         """Yield every logical weight in the order of the forward pass."""
         for weight, layer in all_weights(self.config.num_layers, self.config.tied, self.config.features):
@@ -74,8 +78,9 @@ class Checkpoint(ABC):
 
     @property
     def dtype(self) -> str:
-        """The dtype of the embedding, which stands for the model's."""
-        return next(self.weights())[2].dtype
+        """The dtype that the model declares, if it has weights of it; else that of the embedding stands for it."""
+        dtypes = [view.dtype for _, _, view in self.weights()]
+        return self.declared_dtype if self.declared_dtype in dtypes else dtypes[0]
 
     @property
     def nbytes(self) -> int:
@@ -87,18 +92,58 @@ class Checkpoint(ABC):
         return f"{self.path} ({self.format}{where}, {self.dtype}, {self.config.parameters:,} parameters)"
 
 
-def carried_files_of(directory: Path) -> dict[str, bytes]:
-    """Return the files of `directory` that `CARRIED_PATTERNS` name."""
-    found = sorted({path for pattern in CARRIED_PATTERNS for path in directory.glob(pattern) if path.is_file()})
-    return {path.name: read_small(path) for path in found}
+def carried_files_of(directory: Path, home: Path | None = None) -> dict[str, bytes]:
+    """Return the tokenizer's and the licence's files of `directory`, by name, without what has a reader run code.
+
+    `home` is the directory of the checkpoint, where that is another.
+
+    Raises ValueError for a link that leads out of the checkpoint, and for a file that is something else by content.
+    """
+    found = {}
+    for path in sorted((*directory.glob("*"), *directory.glob("additional_chat_templates/*"))):
+        name = path.relative_to(directory).as_posix()
+        if _CARRIED.fullmatch(name) and path.is_file():
+            require_inside(path, home or directory)
+            found[name] = _without_code(read_small(path))
+            if not found[name] or (name.endswith((".json", ".model")) and found[name].lstrip()[:1] == b"<"):
+                what = "a web page" if found[name] else "empty"
+                raise ValueError(f"{path} is {what}, not the file that its name says: fetch it again, or remove it")
+    return found
+
+
+def require_inside(path: Path, directory: Path) -> None:
+    """Raise ValueError unless a file of a checkpoint lies in its `directory`, or in the hub's cache that it is of."""
+    target, home = path.resolve(), directory.resolve()
+    homes = [home] + [home.parents[1] / "blobs"] * (len(home.parents) > 1 and home.parent.name == "snapshots")
+    if not any(target.is_relative_to(place) for place in homes):
+        raise ValueError(f"{path} is a link to {target}, outside of its checkpoint: it is not carried along")
+
+
+def _without_code(content: bytes) -> bytes:
+    """Return a file's content, a JSON object without the settings that name code."""
+    if not any(f'"{name}"'.encode() in content for name in _RUNS_CODE):
+        return content
+    try:
+        values = json.loads(content)
+    except ValueError:
+        return content
+    if not isinstance(values, dict) or not any(name in values for name in _RUNS_CODE):
+        return content
+    return as_json({name: value for name, value in values.items() if name not in _RUNS_CODE})
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Return 16 hex digits that tell models of one shape apart, the same in every format and layout.
 
-    Digests the first row of every weight: a few MB even of the largest model.
+    Digests the shape, the constants, all of each norm and bias, and of each matrix rows from all over it, a hundred MB
+    of the largest model: what training or an edit of a whole weight changes is found, a single changed row may not be.
     """
-    digest = hashlib.sha256(json.dumps(checkpoint.config.sizes, sort_keys=True).encode())
-    for _, _, view in checkpoint.weights():
-        digest.update(view.dtype.encode() + view.read(np.zeros(1, dtype=np.intp)).tobytes())
+    config = checkpoint.config
+    digest = hashlib.sha256(json.dumps({**config.sizes, **config.constants}, sort_keys=True).encode())
+    for number, (_, _, view) in enumerate(checkpoint.weights()):
+        rows = np.arange(view.shape[0])
+        if len(view.shape) > 1 and len(rows) > SAMPLED_ROWS:
+            # Evenly spread, and others in each weight.
+            rows = (rows[:SAMPLED_ROWS] * len(rows) // SAMPLED_ROWS + number) % len(rows)
+        digest.update(view.dtype.encode() + view.read(np.sort(rows)).tobytes())
     return digest.hexdigest()[:16]

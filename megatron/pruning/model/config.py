@@ -1,7 +1,6 @@
 """Shape and constants of a model, and the families of models that the table of weights describes."""
 
 import dataclasses
-import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,6 +46,14 @@ def family_with(features: frozenset[str]) -> str | None:
     return next((name for name, family in FAMILIES.items() if family.features == features), None)
 
 
+LARGEST_CONSTANT = 1e12  # of a rotary embedding
+
+
+def _check_constant(name: str, value: Any, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < most:
+        raise ValueError(f"{name} is {reprlib.repr(value)}: it must be a positive number below {most:g}")
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shape and constants of a dense Llama, or of a model of another family that is one but for its features.
@@ -76,10 +83,12 @@ class LlamaConfig:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
                 raise ValueError(f"{name} is {reprlib.repr(value)}: it must be a whole number from 1 to {limit}")
-        for name in ("norm_epsilon", "rope_theta"):
-            value = getattr(self, name)
-            if not isinstance(value, float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} is {reprlib.repr(value)}: it must be a positive number")
+        scaling = {f"rope_scaling.{name}": value for name, value in (self.rope_scaling or {}).items()}
+        for name, most in {"norm_epsilon": 1.0, "rope_theta": LARGEST_CONSTANT}.items():
+            _check_constant(name, getattr(self, name), most)
+        for name, value in scaling.items():
+            if name.endswith(".factor") or not isinstance(value, str | None | list):  # some are words, or lists
+                _check_constant(name, value, LARGEST_CONSTANT)
         if not isinstance(self.tied, bool):
             raise ValueError(f"tie_word_embeddings is {reprlib.repr(self.tied)}: it must be true or false")
         if self.num_attention_heads * self.head_dim > 1 << 24:
@@ -99,6 +108,12 @@ class LlamaConfig:
     def sizes(self) -> dict[str, int]:
         """Return the size of every axis of the table."""
         return {axis.name: getattr(self, axis.field) for axis in AXES}
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What a forward pass takes beside the weights, in plain values, the same for every format."""
+        scaling = {name: float(n) if type(n) is int else n for name, n in sorted((self.rope_scaling or {}).items())}
+        return {"norm_epsilon": self.norm_epsilon, "rope_theta": self.rope_theta, "rope": scaling, "tied": self.tied}
 
     @property
     def heads_per_group(self) -> int:

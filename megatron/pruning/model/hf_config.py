@@ -36,6 +36,11 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
 # max_window_layers are.
 _OWNED = {*_HF_NAMES.values(), "model_type", "rope_parameters", "rope_scaling", "rope_theta", "torch_dtype", "dtype"}
 _OWNED |= {"layer_types", "max_window_layers"}
+# Settings that have a reader run code, or fetch it: a plain Llama needs none, and so none goes on.
+RUNS_CODE = (
+    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "custom_pipelines",
+    "trust_remote_code", "use_kernels", "experts_implementation", "_experts_implementation",
+)  # fmt: skip
 
 
 def config_from_hf(hf: Mapping[str, Any], where: str) -> LlamaConfig:
@@ -58,8 +63,11 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> LlamaConfig:
     fields.setdefault("num_query_groups", fields["num_attention_heads"])
     try:
         fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
-        fields["norm_epsilon"], _ = float(fields["norm_epsilon"]), float((scaling or {}).get("factor", 1))
-        other = {key: value for key, value in hf.items() if key not in _OWNED}
+        for said, constant in {"rms_norm_eps": fields["norm_epsilon"], "rope_theta": theta}.items():
+            if isinstance(constant, bool):
+                raise ValueError(f"{said} is {constant}: it must be a number")
+        fields["norm_epsilon"] = float(fields["norm_epsilon"])
+        other = {key: value for key, value in hf.items() if key not in {*_OWNED, *RUNS_CODE}}
         return LlamaConfig(**fields, rope_theta=float(theta), rope_scaling=scaling, family=name, other=other)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: {error}") from error

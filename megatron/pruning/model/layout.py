@@ -16,6 +16,8 @@ from megatron.pruning.model.axes import AXIS, PER_LAYER, axes_of
 from megatron.pruning.model.weights import WeightRow, weight_shape
 from megatron.pruning.storage.views import Index, View, concat, take
 
+MOST = 1_000_000  # ranks, or rows of padding: no layout has more
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -31,8 +33,8 @@ class Layout:
             ("--pipeline-model-parallel-size", self.pipeline),
             ("--make-vocab-size-divisible-by", self.vocab_divisor),
         ):
-            if value < 1:
-                raise ValueError(f"{flag} {value}: it must be at least 1")
+            if not 1 <= value <= MOST:
+                raise ValueError(f"{flag} {value}: it must lie between 1 and {MOST:,}")
 
     def __str__(self) -> str:
         return f"tp{self.tensor} pp{self.pipeline}"

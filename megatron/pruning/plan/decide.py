@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron.pruning.model.axes import AXIS, CHOSEN, PER_LAYER, PRUNABLE
+from megatron.pruning.model.axes import AXIS, BLOCKS, CHOSEN, PER_LAYER, PRUNABLE
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
@@ -200,7 +200,7 @@ def _balance_tax(
     scores: Mapping[str, list[Array]], kept: Mapping[str, tuple[Index, ...]]
 ) -> dict[str, tuple[float, ...]]:
     """Return the share of the best scores that is lost because every block keeps the same number."""
-    balanced = {axis: scores[axis] for axis in ("groups", "ffn") if axis in scores}  # heads follow their groups
+    balanced = {axis: scores[axis] for axis in BLOCKS if axis in scores}
     return _by_layer(
         balanced, kept, lambda scores, index: 1 - _share(scores, index) / _share(scores, best(scores, len(index)))
     )

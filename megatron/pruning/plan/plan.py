@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from megatron.pruning import __version__
-from megatron.pruning.model.axes import AXIS, PER_LAYER
+from megatron.pruning.model.axes import AXIS, BLOCKS, PER_LAYER
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.choose import CRITERIA, CRITERION, LAYER_CRITERIA, SEED
@@ -22,7 +22,7 @@ from megatron.pruning.plan.scores import OTHER_MODEL
 from megatron.pruning.storage.small_files import parse_as
 from megatron.pruning.storage.views import Index
 
-VERSION = 1
+VERSION = 2  # 1 knew its parent by one row of each weight
 MADE_BY = f"megatron-llama-pruning {__version__}"
 LARGEST = max(axis.limit for axis in AXIS.values())
 BALANCE = "balance"
@@ -151,20 +151,20 @@ class Plan:
 _Shares = dict[str, tuple[float, ...]]
 
 
-class _LayerKeep(msgspec.Struct):
+class _LayerKeep(msgspec.Struct, forbid_unknown_fields=True):
     layer: int
     groups: str
     heads: str
     ffn: str
 
 
-class _Keep(msgspec.Struct):
+class _Keep(msgspec.Struct, forbid_unknown_fields=True):
     layers: str
     hidden: str
     per_layer: list[_LayerKeep]
 
 
-class _PlanFile(msgspec.Struct, kw_only=True):
+class _PlanFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     version: int
     made_by: str = ""
     criterion: str
@@ -209,7 +209,7 @@ def _check_ties(plan: Plan) -> None:
     sizes, gains = plan.parent_sizes, plan.norm_gains
     if sizes["heads"] % sizes["groups"]:
         raise ValueError(f"the parent's {sizes['heads']} heads are no multiple of its {sizes['groups']} groups")
-    if ranks := [axis for axis in ("groups", "ffn") if sizes[axis] % plan.tensor_parallel]:
+    if ranks := [axis for axis in BLOCKS if sizes[axis] % plan.tensor_parallel]:
         raise ValueError(f"tensor_parallel {plan.tensor_parallel} does not divide the parent's {' and '.join(ranks)}")
     per_group = sizes["heads"] // sizes["groups"]
     for groups, heads in zip(plan.groups, plan.heads, strict=True):

@@ -1,11 +1,14 @@
 """A checkpoint seen through a plan: the same face, sliced weights."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.weights import WeightRow, kept_elements
 from megatron.pruning.plan.plan import BALANCE, UNBALANCE, Plan, check_layout
+from megatron.pruning.storage.source_file import File
 from megatron.pruning.storage.views import Bits, Index, View, cast, take
 
 NORMS = ("attn_norm", "mlp_norm", "final_norm")  # in the order of a plan's `norm_gains`: two a layer, one at the end
@@ -22,6 +25,9 @@ class Scaled(View):
         values = out.view(np.float32)
         values *= self.factor
 
+    def sources(self) -> Iterator[File]:
+        return self.parent.sources()
+
 
 class Pruned(Checkpoint):
     """The lazy view of `parent`, the model that `plan` was made for; nothing is read before a weight is."""
@@ -29,7 +35,7 @@ class Pruned(Checkpoint):
     def __init__(self, parent: Checkpoint, plan: Plan) -> None:
         self.parent, self.plan = parent, plan
         self.path, self.root, self.files = parent.path, parent.root, parent.files
-        self.tokenizer_folder = parent.tokenizer_folder
+        self.tokenizer_folder, self.declared_dtype = parent.tokenizer_folder, parent.declared_dtype
         self.format, self.layout, self.transformer_impl = parent.format, parent.layout, parent.transformer_impl
         self.config = parent.config.with_sizes(plan.sizes)
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.storage.small_files import parse_as, write_durably
 
-VERSION = 1
+VERSION = 2  # 1 knew its model by one row of each weight
 OTHER_MODEL = "the same shape, other weights or another dtype"
 _FACTS = "calibration"  # the key that the file's metadata has for them, a part of the format
 

@@ -15,9 +15,10 @@ from megatron.pruning.storage.dtypes import BY_TORCH_NAME
 from megatron.pruning.storage.output import OutputFile
 from megatron.pruning.storage.pickles import NotDataError, Record, read_pickle
 from megatron.pruning.storage.small_files import read_small
+from megatron.pruning.storage.source_file import File
 from megatron.pruning.storage.torch_reader import MAX_HEADER_BYTES, Window, data_offset, load_torch
 from megatron.pruning.storage.torch_writer import Built, Global, Made, archive, dtype_of, pickled, tensor
-from megatron.pruning.storage.views import Bits, File, Index, Stored, View
+from megatron.pruning.storage.views import Bits, Index, Stored, View
 
 METADATA = ".metadata"
 
@@ -61,7 +62,10 @@ def _entries(directory: Path, content: Record) -> dict[str, Entry]:
         shapes[name] = _numbers(entry["size"]) if is_tensor else None
         dtypes[name] = _dtype(entry["properties"]) if is_tensor else None
         for chunk in entry["chunks"] if is_tensor else ():
-            sizes[name, _numbers(chunk["offsets"])] = _numbers(chunk["sizes"])
+            offsets, box = _numbers(chunk["offsets"]), _numbers(chunk["sizes"])
+            if not len(offsets) == len(box) == len(shapes[name] or ()):
+                raise ValueError(f"{name} of shape {shapes[name]} has a chunk at {offsets} of {box}")
+            sizes[name, offsets] = box
     chunks: dict[str, dict[tuple[int, ...], Chunk]] = {name: {} for name in shapes}
     places: list[tuple[str, int, int, str]] = []
     for index, place in content["storage_data"].items():
@@ -119,6 +123,9 @@ class StoredChunk(View):
 
     def read_into(self, rows: Index, out: Bits) -> None:
         self._stored.read_into(rows, out)
+
+    def sources(self) -> Iterator[File]:
+        yield self.file
 
 
 def object_bytes(value: Any) -> bytes:

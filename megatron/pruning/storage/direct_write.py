@@ -27,6 +27,10 @@ from megatron.pruning.storage.views import BLOCK_BYTES, Bits, View
 EXTENT_BYTES = BLOCK_BYTES
 # Direct writes must be aligned to this in memory, in the file and in length; no device wants more than a page.
 _ALIGNMENT = 4096
+# How a file system says that it does not have an optional call. (EBADF and ENODEV come from FUSE's.)
+UNSUPPORTED = frozenset(
+    (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.EBADF, errno.ENODEV)
+)
 # More than processors, because some threads wait for the disk.
 _THREADS = min(8, 2 * (os.cpu_count() or 1))
 
@@ -69,7 +73,7 @@ def _reserve(descriptor: int, size: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, max(size, 1))
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # ZFS, or another that has no such call
+        if error.errno not in UNSUPPORTED:
             raise
 
 
@@ -142,9 +146,9 @@ class _Work:
         while data:
             direct = fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & os.O_DIRECT  # before another thread takes it back
             try:
-                count = os.pwrite(self.descriptor, data, offset)
+                count = _pwrite(self.descriptor, data, offset)
             except OSError as error:
-                if error.errno != errno.EINVAL or not direct:
+                if error.errno not in UNSUPPORTED or not direct:
                     raise
                 _set_direct(self.descriptor, False)  # the file system took the flag, but not this write
                 continue
@@ -159,9 +163,18 @@ class _Work:
                 self._added += EXTENT_BYTES
 
 
+def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> int:
+    """Write some of `data`, and return how much; a file system that takes nothing and says nothing has failed."""
+    if (count := os.pwrite(descriptor, data, offset)) <= 0 < len(data):
+        raise OSError(errno.EIO, "the file system takes no more bytes and does not say why")
+    return count
+
+
 def finish(path: Path, changes: Sequence[tuple[int, bytes]]) -> None:
     """Write small changes, (offset, bytes), into a file that `fill` wrote, and make it durable."""
     with _named(path), path.open("r+b", buffering=0) as file:
         for offset, content in changes:
-            os.pwrite(file.fileno(), content, offset)
+            while content:
+                count = _pwrite(file.fileno(), content, offset)
+                content, offset = content[count:], offset + count
         os.fsync(file.fileno())

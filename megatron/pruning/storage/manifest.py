@@ -4,6 +4,7 @@
 {"bytes": 1234, "crc32": "89abcdef"}}}. No loader looks at it. A crc32 finds damage, not malice.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -62,6 +63,8 @@ def read_manifest(path: Path) -> dict[str, Digest]:
     content = parse_as(_Manifest, read_small(path, _LARGEST), what)
     if content.format != FORMAT:
         raise ValueError(f"{what}: it has format {content.format}, this program reads {FORMAT}")
+    if not content.files:
+        raise ValueError(f"{what}: it names no file")
     for name in content.files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{what}: it names {name}, outside its own directory")
@@ -72,7 +75,8 @@ def digest_of(path: Path) -> Digest:
     """Read a file once and return its digest."""
     buffer, total, crc = bytearray(_READ_BYTES), 0, 0
     with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        with contextlib.suppress(OSError):  # advice, which a file system need not take
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while count := file.readinto(buffer):
             crc, total = crc32(memoryview(buffer)[:count], crc), total + count
     return Digest(total, crc)

@@ -1,18 +1,24 @@
 """Writing: files laid out first and filled in place, in a directory that gets its name only when it is complete."""
 
+import contextlib
+import errno
 import fcntl
+import glob
 import os
+import secrets
 import shutil
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron.pruning.storage.direct_write import Segment, fill, finish
+from megatron.pruning.storage.direct_write import UNSUPPORTED, Segment, fill, finish
 from megatron.pruning.storage.manifest import MANIFEST, Digest, manifest_bytes, read_manifest
 from megatron.pruning.storage.processes import World
 from megatron.pruning.storage.progress import Progress
 from megatron.pruning.storage.small_files import write_durably
+from megatron.pruning.storage.source_file import Identity
 from megatron.pruning.storage.views import View
 
 
@@ -88,6 +94,8 @@ def write_files(
             digests = {file.name: file.write(partial, progress) for file in mine}
         finally:
             progress.close()
+        for source in {source for file in files for view in file.views.values() for source in view.sources()}:
+            source.check_unchanged(Identity.of(source.path))
         # The others' digests reach the first process as the files do, through the directory.
         (partial / f".digests.{world.rank}").write_bytes(manifest_bytes(digests))
         world.barrier()
@@ -122,99 +130,170 @@ def check_target(path: Path, overwrite: bool, marks: Sequence[str]) -> None:
 
 @contextmanager
 def _building(path: Path, need: int, check: Callable[[], None], world: World) -> Iterator[Path]:
-    """Give a directory beside `path`, and at the end put it in its place; when anything fails, leave nothing behind."""
+    """Give a directory beside `path`, and at the end put it in its place; when anything fails, leave nothing behind.
+
+    Nothing is removed but what this run has made: its names are random and made afresh, and a directory that turns up
+    under `path` meanwhile stays. Locks only make a second run end early; what is right does not hang on them, for on
+    many cluster file systems they bind one machine.
+    """
     path = Path(os.path.abspath(path))  # noqa: PTH100 - resolves "..", but no links
-    partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "replaced"))
-    lock, placed = None, False
+    made, parents, hold = None, list[Path](), -1
     try:
         if world.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = _lock(partial, path)
-            # A run that was killed may have left these, even between the two renames of `_rename_twice`.
-            if old.exists() and not path.exists():
-                old.rename(path)
-            shutil.rmtree(old, ignore_errors=True)  # another run may be removing it
-            for leftover in partial.iterdir():
-                _remove(leftover)
+            parents = _make_parents(path)
             check()
+            _tell_of_others(path)
             free = shutil.disk_usage(path.parent).free
             if need > free:
                 raise ValueError(
                     f"--save {path} needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
                 )
-        world.barrier()
+            made = _make_aside(path, "partial")
+            hold = _hold(made)
+        partial = path.with_name(world.share(made.name if made else ""))
         yield partial
-        if world.rank == 0:
-            _sync_directories(partial)
-            _put_in_place(partial, path, old)
-            placed = True
+        if made is not None:
+            _sync_directories(made)
+            _put_in_place(made, path, check)
+            made = None
         world.barrier()
     except BaseException:
-        if lock is not None and not placed:  # only who holds the lock may remove it; afterwards it is another run's
-            shutil.rmtree(partial, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        for parent in parents:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
         raise
     finally:
-        if lock is not None:
-            os.close(lock)
+        if hold >= 0:
+            os.close(hold)
 
 
-def _lock(partial: Path, path: Path) -> int:
-    """Make `partial` and keep other runs from it; the lock goes with the process that holds it, however it ends."""
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+def _make_parents(path: Path) -> list[Path]:
+    """Make the directories above `path` that are not there, and return them, the deepest first."""
+    missing = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _make_aside(path: Path, what: str) -> Path:
+    """Make a directory beside `path` that was not there before."""
+    while True:
+        aside = path.with_name(f".{path.name}.{what}-{secrets.token_hex(4)}")
+        with contextlib.suppress(FileExistsError):
+            aside.mkdir()
+            return aside
+
+
+def _hold(directory: Path) -> int:
+    """Lock a directory for as long as this process lives, where the file system can: a sign that it is in use."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_ino != partial.stat().st_ino:
-            raise BlockingIOError  # that run has just put it in place
-    except (BlockingIOError, FileNotFoundError):
-        os.close(lock)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _tell_of_others(path: Path) -> None:
+    """Look at what other runs with this target left beside it, and touch nothing of it.
+
+    Raises ValueError when one of them is still writing.
+    """
+    for other in sorted(path.parent.glob(f".{glob.escape(path.name)}.*-????????")):
+        try:
+            os.close(_hold(other))
+        except BlockingIOError:
+            raise ValueError(f"--save {path}: another run is writing it ({other.name})") from None
+        except OSError:
+            continue  # no directory, or gone by now
+        print(f"note: {other} is of a run that was killed: remove it if none is going on", file=sys.stderr)
+
+
+def _put_in_place(partial: Path, path: Path, check: Callable[[], None]) -> None:
+    """Give `partial` the name `path`, and make sure that it has it, before what was there is removed."""
+    mine, old, hold = (partial / MANIFEST).read_bytes(), None, -1
+    try:
+        if not _rename_to_new(partial, path):
+            seen = _identity(path)
+            check()  # again: it may have turned up since the run began
+            hold = _hold(path)
+            old = _replace(partial, path, seen)
+        _sync_directory(path.parent)
+        if not (path / MANIFEST).is_file() or (path / MANIFEST).read_bytes() != mine:
+            raise ValueError(f"--save {path}: another run has put its own checkpoint in the place of this one's")
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    except BlockingIOError:
         raise ValueError(f"--save {path}: another run is writing it") from None
-    return lock
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _put_in_place(partial: Path, path: Path, old: Path) -> None:
-    if not path.exists():
-        partial.rename(path)
-        _sync_directory(path.parent)
-        return
-    # The replaced directory will have the name of `partial`: a lock keeps other runs from it until it is gone.
-    replaced = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(replaced, fcntl.LOCK_EX)
-        if not _exchange(partial, path):
-            _rename_twice(partial, path, old)
-        _sync_directory(path.parent)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
     finally:
-        os.close(replaced)
+        if hold >= 0:
+            os.close(hold)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two directories change names in one step; False where the file system cannot (NFS is one)."""
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat(follow_symlinks=False)
+    return status.st_dev, status.st_ino
+
+
+def _rename_to_new(partial: Path, path: Path) -> bool:
+    """Rename unless `path` is there: then return False. An empty directory does not count."""
+    try:
+        if _renameat2(partial, path, _NOREPLACE):
+            return True
+        partial.rename(path)  # which replaces an empty directory, and fails on any other
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        return False
+
+
+def _replace(partial: Path, path: Path, seen: tuple[int, int]) -> Path:
+    """Put `partial` in the place of the directory `seen` under `path`, and return where that is now.
+
+    Where the file system cannot exchange names, none has `path` between two renames; what was there is then beside it.
+    Raises ValueError when another directory has come there instead.
+    """
+    if _renameat2(partial, path, _EXCHANGE):
+        if _identity(partial) != seen:
+            _renameat2(partial, path, _EXCHANGE)
+            raise ValueError(f"--save {path}: another run has put its own checkpoint there meanwhile")
+        return partial
+    old = _make_aside(path, "replaced")
+    path.rename(old)
+    try:
+        if _identity(old) != seen:
+            raise ValueError(f"--save {path}: another run has put its own checkpoint there meanwhile")
+        partial.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    return old
+
+
+_NOREPLACE, _EXCHANGE = 1, 2  # flags of renameat2, from linux/fs.h
+
+
+def _renameat2(one: Path, other: Path, flag: int) -> bool:
+    """Rename as `flag` says, in one step; False where the system or the file system cannot (NFS is one).
+
+    Raises OSError as `rename` does.
+    """
     import ctypes
 
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
-    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-def _rename_twice(partial: Path, path: Path, old: Path) -> None:
-    """Put `partial` under the name of `path`, which for a moment nothing has: the next run mends what is cut there."""
-    try:
-        path.rename(old)
-        partial.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here = -100  # AT_FDCWD of linux/fcntl.h
+    if renameat2 is None:
+        return False
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), flag) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def _sync_directories(top: Path) -> None:
@@ -226,5 +305,8 @@ def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:  # a file system that makes a rename durable by itself, or not at all
+            raise
     finally:
         os.close(descriptor)

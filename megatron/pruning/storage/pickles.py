@@ -56,6 +56,7 @@ class _Reader:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.names: set[str] = set()
 
     def load(self) -> Any:
         """Run the opcodes up to the final STOP, and return what is on the stack then."""
@@ -118,6 +119,7 @@ class _Reader:
             raise NotDataError(f"it names {module}.{name}"[:200])
         if len(module) + len(name) > 200:
             raise ValueError(f"it names a class with {len(module) + len(name)} letters")
+        self.names.add(f"{module}.{name}")
         self.stack.append(Name(f"{module}.{name}"))
 
     def _make(self, name: Any, args: Any) -> None:
@@ -188,6 +190,13 @@ _PLAIN: Mapping[bytes, Callable[[_Reader], Any]] = {
 }
 
 
+def names_in(raw: bytes) -> set[str]:
+    """Return the dotted names of all that a pickle names. Raises as `read_pickle` does."""
+    reader = _Reader(raw, {}, lambda label: None)
+    _guarded(reader)
+    return reader.names
+
+
 def read_pickle(
     raw: bytes, makers: Mapping[str, Callable[..., Any]], persistent: Callable[[Any], Any] | None = None
 ) -> Any:
@@ -197,8 +206,12 @@ def read_pickle(
     a persistent id. Raises NotDataError, with the name, when the pickle names anything else than classes of data, and
     ValueError when it is damaged.
     """
+    return _guarded(_Reader(raw, makers, persistent))
+
+
+def _guarded(reader: _Reader) -> Any:
     try:
-        return _Reader(raw, makers, persistent).load()
+        return reader.load()
     except ValueError:
         raise
     except (LookupError, TypeError, AttributeError, struct.error, RecursionError, MemoryError) as error:

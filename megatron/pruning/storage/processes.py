@@ -1,9 +1,21 @@
-"""The processes of one run: alone, or the N that torchrun started."""
+"""The processes of one run: alone, or the N that torchrun started, on one machine or on many.
 
+They share a file system and meet through the store that torchrun has for them, where each process posts what it is at
+and reads what the others are at. Nothing waits without end: a process that never comes, ends with an error or falls
+silent ends the others with a sentence, and every wait is short enough for a signal to come through.
+"""
+
+import atexit
+import json
 import os
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar
+
+# Seconds: until all processes must have joined, between two looks at the others, and without a sign of life from one.
+JOINING, LOOK, SILENCE = 120.0, 0.2, 120.0
 
 
 def rank() -> int:
@@ -29,43 +41,174 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_first_here() -> bool:
+    """Return whether this is the process that speaks for those of its machine, before all have met."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @dataclass(frozen=True)
 class World:
     """This process's rank among `size`. They share a file system and meet only at barriers."""
 
     rank: int = 0
     size: int = 1
+    board: "_Board | None" = field(default=None, compare=False)
     # Whether this process has met the others: until then all of them do, and fail in, the same.
     joined: ClassVar[bool] = False
+    current: ClassVar["World | None"] = None  # which they are to be told in when this process ends
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Join the processes that torchrun started, or stay alone."""
+        """Join the processes that torchrun started, or stay alone.
+
+        Raises ValueError where the environment does not say how, and when not all of them have come in time.
+        """
         rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
             raise ValueError(f"RANK {rank} and WORLD_SIZE {size} of the environment do not fit each other")
-        world = cls(int(rank), int(size))
-        if world.size > 1:
-            import torch.distributed
-
-            World.joined = True
-            # The slowest writer may take hours after the fastest; torchrun ends all when one dies.
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        return world
+        if int(size) == 1:
+            return cls()
+        World.current = cls(int(rank), int(size), _Board(int(rank), int(size)))
+        World.joined = True
+        return World.current
 
     def barrier(self) -> None:
-        """Wait for every process."""
-        if self.size > 1:
-            import torch.distributed
+        """Wait for every process. Raises ValueError when one of them will not come."""
+        if self.board is not None:
+            self.board.meet()
 
-            try:
-                torch.distributed.barrier()
-            except RuntimeError as error:
-                raise ValueError("another process of this run has ended: see its message") from error
+    def share(self, text: str) -> str:
+        """Return the text that the first process gives, at a barrier of all."""
+        return text if self.board is None else self.board.meet(text)
 
     def leave(self) -> None:
         """Part from the others, after the last barrier."""
-        if self.size > 1:
-            import torch.distributed
+        if self.board is not None:
+            self.board.leave(left=True)
 
-            torch.distributed.destroy_process_group()
+    def fail(self, sentence: str) -> None:
+        """Tell the others why this process ends."""
+        if self.board is not None:
+            self.board.leave(ended=sentence)
+
+
+class _Board:
+    """The store, in which each process has one entry: its barriers so far, a sign of life, and what it said at which.
+
+    A thread keeps this process's entry alive and looks at the others', so that a store that does not answer holds up
+    nobody but the thread.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.entry: dict[str, Any] = {"at": 0, "beat": 0, "said": {}, "ended": "", "left": False}
+        self.others: list[dict[str, Any] | None] = [None] * size
+        self.heard = [time.monotonic()] * size  # when each entry was last another
+        self._ends = False
+        self.lost = ""  # why the store cannot be had any more
+        self._changed, self._posted = threading.Event(), threading.Event()
+        self.hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's agent has one
+        self._store = _connect(size, self.hosts)
+        self._thread = threading.Thread(target=self._talk, daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+        self._wait_for_all()
+
+    def close(self) -> None:
+        """Stop looking: a thread that is inside of torch when the process ends would abort it."""
+        self._ends = True
+        self._changed.set()
+        self._thread.join(5.0)
+
+    def post(self, **values: Any) -> None:
+        """Change this process's entry, and wait a moment until the others can see it."""
+        self._posted.clear()
+        self.entry |= values
+        self._changed.set()
+        self._posted.wait(2.0)
+
+    def meet(self, text: str = "") -> str:
+        """Wait at the next barrier, and return what the first process says there."""
+        number = self.entry["at"] + 1
+        # What it said before stays: one that is slow to look may still want it.
+        self.post(at=number, said={**self.entry["said"], str(number): text} if text else self.entry["said"])
+        while not all(other is not None and other["at"] >= number for other in self.others):
+            self._check()
+            time.sleep(LOOK)
+        return str((self.others[0] or {})["said"].get(str(number), ""))
+
+    def leave(self, **last: Any) -> None:
+        """Post a last word; the process whose store it is stays for a few seconds, until all others have, too."""
+        self.post(**last)
+        deadline = time.monotonic() + 5.0
+        while self.hosts and not self.lost and time.monotonic() < deadline:
+            if all(other is not None and (other["left"] or other["ended"]) for other in self.others):
+                return
+            time.sleep(LOOK)
+
+    def _check(self) -> None:
+        for number, other in enumerate(self.others):
+            if other is not None and other["ended"]:
+                raise ValueError(f"process {number} of this run has ended: {other['ended']}")
+        if self.lost:
+            raise ValueError(f"another process of this run has ended: see its message ({self.lost})")
+        for number, heard in enumerate(self.heard):
+            if self.others[number] is not None and (silent := time.monotonic() - heard) > SILENCE:
+                raise ValueError(f"process {number} of this run has given no sign of life for {silent:.0f} seconds")
+
+    def _wait_for_all(self) -> None:
+        deadline = time.monotonic() + JOINING
+        while missing := [number for number, other in enumerate(self.others) if other is None]:
+            self._check()
+            if time.monotonic() > deadline:
+                absent = ", ".join(map(str, missing[:20]))
+                raise ValueError(
+                    f"of the {self.size} processes of this run, {absent} did not join within {JOINING:.0f} seconds: "
+                    "see their messages, or unset RANK and WORLD_SIZE to run alone"
+                )
+            time.sleep(LOOK)
+
+    def _talk(self) -> None:
+        """Post this process's entry and read the others', for as long as the process lives."""
+        keys = [str(number) for number in range(self.size)]
+        try:
+            while not self._ends:
+                self._changed.clear()
+                self.entry["beat"] += 1
+                self._store.set(keys[self.rank], json.dumps(self.entry))
+                self._posted.set()
+                for number, key in enumerate(keys):
+                    if self._store.check([key]) and (found := json.loads(self._store.get(key))) != self.others[number]:
+                        self.others[number], self.heard[number] = found, time.monotonic()
+                self._changed.wait(LOOK)
+        except RuntimeError as error:
+            self.lost = str(error).splitlines()[0][:200]
+            self._posted.set()
+
+
+def _connect(size: int, hosts: bool) -> Any:
+    """Return the store that torchrun, or the process that `hosts` it, has for this run.
+
+    Raises ValueError where the environment does not say where it is, and when it does not answer in time.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ValueError(
+            f"WORLD_SIZE is {size}, but MASTER_ADDR {host or '(not set)'} and MASTER_PORT {port or '(not set)'} do not "
+            "say where to meet: start all processes with torchrun, or unset RANK and WORLD_SIZE to run alone"
+        )
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    deadline = time.monotonic() + JOINING
+    while True:  # by short tries, between which a signal comes through
+        try:
+            store = TCPStore(host, int(port), None, hosts, timedelta(seconds=2), wait_for_workers=False)
+        except RuntimeError as error:
+            if hosts or time.monotonic() > deadline:
+                reason = str(error).splitlines()[0][:200]
+                raise ValueError(
+                    f"nobody answers at {host}:{port}, where process 0 of {size} should be: {reason}"
+                ) from error
+        else:
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            return PrefixStore(f"megatron-llama-pruning/{attempt}", store)

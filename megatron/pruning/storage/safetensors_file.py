@@ -5,6 +5,7 @@ and its torch side would cost a second of start-up.
 """
 
 import json
+import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,14 +14,18 @@ from typing import Any, TypeGuard
 from megatron.pruning.storage.dtypes import BY_SAFETENSORS, DTYPES
 from megatron.pruning.storage.output import OutputFile
 from megatron.pruning.storage.small_files import parse_json
-from megatron.pruning.storage.views import File, Stored
+from megatron.pruning.storage.source_file import File
+from megatron.pruning.storage.views import Stored
 
 _MAX_HEADER_BYTES = 10_000_000  # ten times what the largest Llama needs; the format would allow ten times more
 _ALIGNMENT = 64  # of the first tensor, for readers that map the file
 
 
-def read_safetensors(path: Path) -> dict[str, Stored]:
-    """Return a view of every tensor of the file. Raises ValueError for a file that is cut short or not safetensors."""
+def read_safetensors(path: Path, ignored: re.Pattern[str] | None = None) -> dict[str, Stored]:
+    """Return a view of every tensor of the file, but those whose names are `ignored`, whatever they are.
+
+    Raises ValueError for a file that is cut short or not safetensors.
+    """
     file = File(path)
     length_bytes = bytearray(8)
     file.read_into(memoryview(length_bytes), 0)
@@ -33,28 +38,42 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     file.read_into(memoryview(raw), 8)
     header = parse_json(bytes(raw), f"the header of {path}")
     header.pop("__metadata__", None)
-    tensors = {key: _tensor(file, 8 + length, key, entry) for key, entry in header.items()}
     # As the format wants it: the tensors fill the rest of the file, without a gap and without sharing a byte.
-    end = 8 + length
-    for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if tensor.offset != end:
-            raise ValueError(f"{path}: {key} begins at byte {tensor.offset}, but what lies before it ends at {end}")
-        end += tensor.nbytes
-    if end != file.size:
-        raise ValueError(f"{path} has {file.size} bytes, but its tensors end at byte {end}")
-    return tensors
+    places = {key: _place(path, key, entry) for key, entry in header.items()}
+    end = 0
+    for key, (begin, stop) in sorted(places.items(), key=lambda item: item[1]):
+        if begin != end:
+            raise ValueError(
+                f"{path}: {key} begins at byte {8 + length + begin}, but what lies before it ends at {8 + length + end}"
+            )
+        end = stop
+    if 8 + length + end != file.size:
+        raise ValueError(f"{path} has {file.size} bytes, but its tensors end at byte {8 + length + end}")
+    return {
+        key: _tensor(file, 8 + length, key, entry)
+        for key, entry in header.items()
+        if ignored is None or not ignored.fullmatch(key)
+    }
+
+
+def _place(path: Path, key: str, entry: Any) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{path}: {key} has offsets {reprlib.repr(offsets)}")
+    return offsets[0], offsets[1]
 
 
 def _tensor(file: File, data_start: int, key: str, entry: Any) -> Stored:
-    names = ("dtype", "shape", "data_offsets")
-    dtype, shape, offsets = (entry.get(name) if isinstance(entry, dict) else None for name in names)
-    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"{file.path}: {key} has shape {reprlib.repr(shape)} and offsets {reprlib.repr(offsets)}")
+    dtype, shape = entry.get("dtype"), entry.get("shape")
+    if not _are_counts(shape):
+        raise ValueError(f"{file.path}: {key} has shape {reprlib.repr(shape)}")
     if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
         raise ValueError(
             f"{file.path}: {key} has dtype {reprlib.repr(dtype)}; only {', '.join(BY_SAFETENSORS)} are read"
         )
-    begin, end = offsets
+    if len(shape) not in (1, 2):
+        raise ValueError(f"{file.path}: {key} has shape {shape}: a Llama's have one or two dims")
+    begin, end = _place(file.path, key, entry)
     tensor = Stored(file, data_start + begin, tuple(shape), BY_SAFETENSORS[dtype])
     if tensor.nbytes != end - begin:
         raise ValueError(f"{file.path}: {key} of shape {shape} needs {tensor.nbytes} bytes, but has {end - begin}")

@@ -1,9 +1,13 @@
 """Small files: JSON that is checked as it is read, sizes that are bounded, writes that are durable."""
 
+import contextlib
 import json
 import math
 import os
 import re
+import secrets
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,29 @@ LARGEST_SMALL_FILE = 100_000_000  # bytes; the largest tokenizers have 40 MB
 
 
 def read_small(path: Path, limit: int = LARGEST_SMALL_FILE) -> bytes:
-    """Return the content of a file that should be small. Raises ValueError when it has more than `limit` bytes."""
+    """Return the content of a file that should be small.
+
+    Raises ValueError when it has more than `limit` bytes, or is only git-lfs's pointer to it.
+    """
+    require_plain(path)
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes: more than {limit:,} is no such file")
+    refuse_pointer(path, content)
     return content
+
+
+def require_plain(path: Path) -> None:
+    """Raise ValueError for what is there and is no file: a pipe would be waited for, a device read without end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no plain file")
+
+
+def refuse_pointer(path: Path, beginning: bytes) -> None:
+    """Raise ValueError when a file begins as what git-lfs leaves in the place of one that it has not fetched."""
+    if beginning.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise ValueError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` where it was cloned")
 
 
 def parse_json(raw: bytes, what: str) -> dict[str, Any]:
@@ -30,8 +51,9 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"it holds {next(name for name in names if names.count(name) > 1)!r} twice")
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise ValueError(f"it holds {twice[:200]!r} twice")
         return found
 
     def finite(text: str) -> float:
@@ -77,3 +99,45 @@ def write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def new_file_beside(path: Path) -> Path:
+    """Make an empty file, which was not there before, beside `path`: to be written, and renamed to it when whole."""
+    while True:
+        aside = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+        with contextlib.suppress(FileExistsError):
+            aside.touch(exist_ok=False)
+            return aside
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Write a small file in place of another, if there is one: at every moment the old or the new one is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = new_file_beside(path)
+    try:
+        write_durably(aside, content)
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def alone_at(path: Path, seconds: float = 10.0) -> Iterator[None]:
+    """Keep other runs from putting their files in the place of `path` inside of the `with`, on any file system.
+
+    Raises ValueError when one is still at it after so many seconds.
+    """
+    sign = path.with_name(f".{path.name}.placing")
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(FileExistsError):
+            sign.touch(exist_ok=False)
+            break
+        if time.monotonic() > deadline:
+            raise ValueError(f"another run puts its files in the place of {path}; if none does, remove {sign}")
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        sign.unlink(missing_ok=True)

@@ -5,19 +5,21 @@ says what is made of them. The pickle is read as data (see pickles.py) and the s
 tensor is a `Tensor`, which tells where its bytes lie.
 """
 
+import contextlib
 import io
 import math
 import zipfile
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.pruning.storage.dtypes import BY_STORAGE, BYTES
 from megatron.pruning.storage.pickles import NotDataError, Record, read_pickle
-from megatron.pruning.storage.views import File, Stored
+from megatron.pruning.storage.source_file import File
+from megatron.pruning.storage.views import Stored
 
 # A pickle or a zip archive's directory may have this many bytes: several times what the largest Llama needs, its
 # optimizer included.
@@ -32,6 +34,7 @@ class Window(io.RawIOBase):
         if start + length > file.size:
             raise ValueError(f"{file.path} has {file.size} bytes, but an entry of it ends at {start + length}")
         self.file, self.start, self.length, self.position = file, start, length, 0
+        self.failure: OSError | None = None  # of the file system, which zipfile takes for the end of the file
 
     def readable(self) -> bool:
         return True
@@ -54,7 +57,11 @@ class Window(io.RawIOBase):
         if count > MAX_HEADER_BYTES:
             raise ValueError(f"it has a header of {count:,} bytes, more than the {MAX_HEADER_BYTES:,} that are read")
         content = bytearray(count)
-        self.file.read_into(memoryview(content), self.start + self.position)
+        try:
+            self.file.read_into(memoryview(content), self.start + self.position)
+        except OSError as error:
+            self.failure = error
+            raise
         self.position += count
         return bytes(content)
 
@@ -62,8 +69,8 @@ class Window(io.RawIOBase):
 class _Archive:
     """The zip archive of torch.save: its entries by name, without the folder that all of them are in."""
 
-    def __init__(self, window: Window) -> None:
-        self.window = window
+    def __init__(self, window: "Window | io.BytesIO", length: int) -> None:
+        self.window, self.length = window, length
         with zipfile.ZipFile(window) as archive:
             entries = archive.infolist()
         self.entries = {entry.filename.partition("/")[2]: entry for entry in entries}
@@ -84,8 +91,8 @@ class _Archive:
             raise ValueError(f"the entry {name} is compressed, which torch.save never does")
         name_bytes, extra_bytes = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
         begin = entry.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes
-        if begin + entry.file_size > self.window.length:
-            raise ValueError(f"the entry {name} ends at byte {begin + entry.file_size} of {self.window.length}")
+        if begin + entry.file_size > self.length:
+            raise ValueError(f"the entry {name} ends at byte {begin + entry.file_size} of {self.length}")
         return begin, entry.file_size
 
     def read(self, name: str) -> bytes:
@@ -128,6 +135,10 @@ class Tensor:
         """Bytes of the tensor; 0 for one of a dtype that no Llama weight has."""
         return math.prod(self.shape) * BYTES.get(self.dtype or "", 0)
 
+    def raw(self) -> bytes:
+        """Return the bytes of its whole storage: for small ones, of any dtype."""
+        return self.storage.archive.read(f"data/{self.storage.key}")
+
     def is_contiguous(self) -> bool:
         """Whether its elements lie one after the other, in row-major order."""
         expected = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
@@ -140,21 +151,55 @@ def load_torch(path: Path, window: Window | None = None) -> Any:
     `window` is a part of `path` to load instead of the whole. Raises ValueError for what is not such a file, is cut
     short, or holds anything but data.
     """
-    what = f"{path} ({path.stat().st_size} bytes)" if window is None else f"an entry of {path}"
     if window is None:
         file = File(path)
         window = Window(file, 0, file.size)
+    with _said(path, window):
+        return _unpickle(_archive(window))
+
+
+def pickle_of(path: Path, window: "Window | io.BytesIO") -> bytes:
+    """Return the pickle of a file of torch.save, which lies at `path` or in a part of it. Raises as `load_torch`."""
+    with _said(path, window):
+        return _archive(window).read("data.pkl")
+
+
+def _archive(window: "Window | io.BytesIO") -> _Archive:
+    length = window.length if isinstance(window, Window) else len(window.getbuffer())
+    archive = _Archive(window, length)
+    if "byteorder" in archive.entries and (order := archive.read("byteorder")) != b"little":
+        raise ValueError(f"its byte order is {order[:20]!r}: only little-endian files are read")
+    return archive
+
+
+@contextlib.contextmanager
+def _said(path: Path, window: "Window | io.BytesIO") -> Iterator[None]:
+    """Let an error say which file, or whose entry, it is about."""
+    whole = isinstance(window, Window) and window.length == window.file.size
+    what = f"{path} ({path.stat().st_size} bytes)" if whole else f"an entry of {path}"
     try:
-        archive = _Archive(window)
-        if "byteorder" in archive.entries and (order := archive.read("byteorder")) != b"little":
-            raise ValueError(f"its byte order is {order[:20]!r}: only little-endian files are read")
-        return _unpickle(archive)
+        yield
     except NotDataError as error:
         raise ValueError(f"{path} holds more than data and was not loaded: {error}") from error
     except zipfile.BadZipFile as error:
+        if isinstance(window, Window) and window.failure is not None:
+            raise window.failure from error
+        if _begins_as_before_1_6(path, window):
+            raise ValueError(
+                f"{what} was saved before torch 1.6, in a format of its own: load it with torch and save it again"
+            ) from error
         raise ValueError(f"{what} is not a complete file of torch.save: {error}") from error
     except (ValueError, RuntimeError, LookupError) as error:  # RuntimeError: as zipfile says what it does not read
         raise ValueError(f"{what} is damaged: {error}") from error
+
+
+def _begins_as_before_1_6(path: Path, window: "Window | io.BytesIO") -> bool:
+    """Whether a file begins with the number that torch wrote first when its files were no archives."""
+    window.seek(0)
+    return window.read(len(_MAGIC)) == _MAGIC
+
+
+_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def _unpickle(archive: _Archive) -> Any:
@@ -177,6 +222,11 @@ def _unpickle(archive: _Archive) -> Any:
         "collections.OrderedDict": lambda *items: Record("collections.OrderedDict", items) if items else {},
         "torch._utils._rebuild_tensor_v2": tensor,
         "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+        # A tensor with attributes, or of a kind of its own: what would make the plain tensor, and its arguments.
+        "torch._tensor._rebuild_from_type_v2": lambda make, kind, args, *_: (
+            makers[make](*args) if make in makers else Record(str(kind), args)
+        ),
     }
     return read_pickle(archive.read("data.pkl"), makers, storage)
 

@@ -12,17 +12,16 @@ payloads included, arrives as it left.
 import contextlib
 import itertools
 import math
-import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron.pruning.storage.dtypes import BYTES
+from megatron.pruning.storage.source_file import File
 
 Index = NDArray[np.intp]
 Bits = NDArray[Any]
@@ -68,6 +67,10 @@ class View(ABC):
     def read_into(self, rows: Index, out: Bits) -> None:
         """Fill `out`, bits of shape [len(rows), *self.shape[1:]] in C order, with these rows, in any order."""
 
+    @abstractmethod
+    def sources(self) -> Iterator[File]:
+        """Yield the files that its bytes come from."""
+
     def read(self, rows: Index) -> Bits:
         """Return these rows in an array of their own."""
         out: Bits = np.empty((len(rows), *self.shape[1:]), BITS[BYTES[self.dtype]])
@@ -102,38 +105,6 @@ class View(ABC):
         return self.shape[0] * self.row_bytes
 
 
-class File:
-    """A file opened for positioned reads, once, when the first byte is wanted."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = path.stat().st_size
-        self._descriptor: int | None = None
-        self._opening = threading.Lock()
-
-    def _open(self) -> int:
-        with self._opening:
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptor
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from byte `offset` on; raises ValueError if the file ends first."""
-        done, descriptor = 0, self._open()
-        while done < len(buffer):
-            try:
-                count = os.preadv(descriptor, [buffer[done:]], offset + done)
-            except OSError as error:  # says the path, which preadv does not know
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
-            if count == 0:
-                raise ValueError(f"{self.path} ends at byte {offset + done}, {len(buffer) - done} bytes too early")
-            done += count
-
-    def __del__(self) -> None:
-        if (descriptor := getattr(self, "_descriptor", None)) is not None:
-            os.close(descriptor)
-
-
 class Stored(View):
     """A contiguous, row-major tensor at byte `offset` of a file."""
 
@@ -155,6 +126,9 @@ class Stored(View):
             with scratch((last - first + 1, *self.shape[1:]), out.dtype) as run:
                 self._read_run(first, run)
                 np.take(run, rows[start:stop] - first, axis=0, out=out[start:stop], mode="clip")
+
+    def sources(self) -> Iterator[File]:
+        yield self.file
 
     def read_bytes(self, start: int, out: Bits) -> None:
         self.file.read_into(memoryview(out), self.offset + start)
@@ -190,6 +164,9 @@ class Taken(View):
                 part = rows[start : start + step]
                 self.parent.read_into(part, block[: len(part)])
                 self._take_columns(block[: len(part)], out[start : start + len(part)])
+
+    def sources(self) -> Iterator[File]:
+        return self.parent.sources()
 
     def _take_columns(self, block: Bits, out: Bits) -> None:
         if self._stretch is not None:
@@ -239,6 +216,9 @@ class Concatenated(View):
             which = owner[start]
             self.parts[which].read_into(rows[start:stop] - self.starts[which], out[start:stop])
 
+    def sources(self) -> Iterator[File]:
+        return itertools.chain.from_iterable(part.sources() for part in self.parts)
+
     def read_bytes(self, start: int, out: Bits) -> None:
         if self.axis == 1:
             return super().read_bytes(start, out)
@@ -265,6 +245,9 @@ class Cast(View):
                     out[:] = _to_bf16(values)
                 else:
                     out[:] = (values if self.dtype == "fp32" else _to_fp16(values)).view(out.dtype)
+
+    def sources(self) -> Iterator[File]:
+        return self.parent.sources()
 
 
 def _to_fp32(bits: Bits, dtype: str) -> NDArray[np.float32]:
@@ -325,6 +308,24 @@ def blocks(view: View) -> Iterator[tuple[int, Bits]]:
             rows = np.arange(start, min(start + step, view.shape[0]))
             view.read_into(rows, block[: len(rows)])
             yield start * view.row_bytes, block[: len(rows)]
+
+
+def equal(one: View, other: View, drift: float = 0.0) -> bool:
+    """Return whether two tensors have the same bits, or differ by at most the share `drift` of a block's largest value.
+
+    They are read block by block, up to the first that differs.
+    """
+    if one.shape != other.shape or (one.dtype != other.dtype and not drift):
+        return False
+    step = max(1, BLOCK_BYTES // max(one.row_bytes, 1))
+    for start in range(0, one.shape[0], step):
+        rows = np.arange(start, min(start + step, one.shape[0]))
+        if one.dtype == other.dtype and np.array_equal(one.read(rows), other.read(rows)):
+            continue
+        first, second = (cast(view, "fp32").read(rows).view(np.float32) for view in (one, other))
+        if not drift or not np.abs(first - second).max() <= drift * np.abs(first).max():
+            return False
+    return True
 
 
 def read_all(view: View) -> Bits:

@@ -7,8 +7,6 @@ checkpoint at all. Each of these is a ValueError of one sentence here. (megatron
 import argparse
 import contextlib
 import re
-import shutil
-import zipfile
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ from megatron.training import get_args
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
 
+from megatron.pruning.formats.huggingface import CONFIG_FILE
 from megatron.pruning.formats.megatron import (
-    ARGS_FILE,
     HF_FILES,
     RANK_DIRECTORIES,
     RANK_FILE,
@@ -33,10 +31,10 @@ from megatron.pruning.formats.megatron import (
     rank_directory,
     tracked_iteration,
 )
-from megatron.pruning.model.checkpoint import PLAN_FILE
+from megatron.pruning.model.checkpoint import PLAN_FILE, carried_files_of, require_inside
 from megatron.pruning.storage.dcp_file import METADATA
-
-CARRIED = (HF_FILES, ARGS_FILE, PLAN_FILE)  # an export and a second pruning need them
+from megatron.pruning.storage.harmless import require_harmless
+from megatron.pruning.storage.small_files import read_small, replace_durably
 
 # How the stock scheduler refuses to resume a run under other flags.
 _SCHEDULE = re.compile(
@@ -87,15 +85,12 @@ def require_files(args: argparse.Namespace, source: Path) -> None:
     folder = iteration_of(args, source)
     if not folder.is_dir():
         raise ValueError(f"the checkpoint in {source} is not whole: there is no {folder.name} in it")
+    require_harmless(folder)
     files = sorted(folder.glob(f"{RANK_DIRECTORIES}/{RANK_FILE}"))
     if not files:
         if not is_dist(args, source):
             raise ValueError(f"{folder} holds no checkpoint: neither {RANK_DIRECTORIES}/{RANK_FILE} nor {METADATA}")
         return
-    for file in files:
-        with file.open("rb") as content:
-            if content.read(2) == b"PK" and not zipfile.is_zipfile(file):
-                raise ValueError(f"{file} is cut short")
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     ranks = [rank_directory(t, p, pp) for t in range(tp) for p in range(pp)]
     found = [file.parent.name for file in files]
@@ -120,24 +115,23 @@ def is_dist(args: argparse.Namespace, source: Path) -> bool:
 
 
 def carry_files(args: argparse.Namespace) -> None:
-    """Copy tokenizer, configuration, plan and command line beside the checkpoint into --save, unless they are there.
+    """Write the tokenizer's files, configuration and plan of the checkpoint beside --save, unless they are there.
 
-    A later export reads them. Rank 0 copies them, once, before training.
+    A later export and a second pruning read them. Rank 0 writes them, once, before training; what a checkpoint from
+    elsewhere has beside it may be anything, so that only these go on.
     """
     source = source_of(args)
     if args.rank != 0 or not args.save or source is None or source.resolve() == Path(args.save).resolve():
         return
-    for name in CARRIED:
-        origin, target = Path(source, name), Path(args.save, name)
-        if not origin.exists() or target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{name}.partial")
-        if origin.is_dir():
-            shutil.copytree(origin, aside, dirs_exist_ok=True)
-        else:
-            shutil.copy2(origin, aside)
-        aside.rename(target)
+    found = {f"{HF_FILES}/{name}": content for name, content in carried_files_of(source / HF_FILES, source).items()}
+    for name, folder in ((CONFIG_FILE, f"{HF_FILES}/"), (PLAN_FILE, "")):
+        if (origin := source / folder / name).is_file():
+            require_inside(origin, source)
+            found[f"{folder}{name}"] = read_small(origin)
+    for name, content in found.items():
+        target = Path(args.save, name)
+        if not target.exists():
+            replace_durably(target, content)
 
 
 # While the files are read ----------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""Files that are read: at any place, by several threads, and the same file from the first byte to the last.
+
+A file that another program replaces or changes while it is read would give weights of two models, so each has an
+identity, taken when it is first seen and compared whenever it is opened again and at the end.
+"""
+
+import contextlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.pruning.storage.small_files import refuse_pointer, require_plain
+
+LARGEST_POINTER = 1024  # bytes of what git-lfs leaves in the place of a file
+MOST_OPEN = 64  # files at once: checkpoints have thousands, and a process may have 256
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells a file from another that has come into its place, or from itself after a change."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, file: Path | int) -> "Identity":
+        """Return the identity of a file, by its path or descriptor."""
+        status = os.stat(file)  # noqa: PTH116 - of a descriptor, too
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class File:
+    """A file for positioned reads; it is opened when a byte is wanted, and may be closed again between two reads."""
+
+    def __init__(self, path: Path) -> None:
+        require_plain(path)
+        self.path, self.identity = path, Identity.of(path)
+        self.size = self.identity.size
+        if self.size < LARGEST_POINTER:
+            refuse_pointer(path, path.read_bytes())
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from byte `offset` on; raises ValueError if the file ends first."""
+        done = 0
+        with _open_files.lent(self) as descriptor:
+            while done < len(buffer):
+                try:
+                    count = os.preadv(descriptor, [buffer[done:]], offset + done)
+                except OSError as error:  # says the path, which preadv does not know
+                    raise OSError(error.errno, error.strerror, str(self.path)) from error
+                if count == 0:
+                    raise ValueError(f"{self.path} ends at byte {offset + done}, {len(buffer) - done} bytes too early")
+                done += count
+
+    def check_unchanged(self, found: Identity) -> None:
+        """Raise ValueError unless `found` is the identity that this file had at first."""
+        if found != self.identity:
+            raise ValueError(f"{self.path} was changed or replaced while it was read: nothing was saved; start again")
+
+    def __del__(self) -> None:
+        _open_files.close(self)
+
+
+class _OpenFiles:
+    """The descriptors of the files that were read last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._descriptors: OrderedDict[int, int] = OrderedDict()  # by the id of a File
+        self._uses: dict[int, int] = {}
+
+    @contextlib.contextmanager
+    def lent(self, file: File) -> Iterator[int]:
+        """Lend the descriptor of `file`, which stays open meanwhile."""
+        key = id(file)
+        with self._lock:
+            if key not in self._descriptors:
+                self._close_idle(MOST_OPEN - 1)
+                self._descriptors[key] = _opened(file)
+            self._descriptors.move_to_end(key)
+            self._uses[key] = self._uses.get(key, 0) + 1
+            descriptor = self._descriptors[key]
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                self._uses[key] -= 1
+
+    def _close_idle(self, most: int) -> None:
+        """Close those that were not used for longest, until there are at most so many or all are in use."""
+        for key in [key for key in self._descriptors if not self._uses.get(key)]:
+            if len(self._descriptors) <= most:
+                return
+            os.close(self._descriptors.pop(key))
+
+    def close(self, file: File) -> None:
+        """Close the descriptor of `file`, if it has one: nobody reads it any more."""
+        self._uses.pop(id(file), None)
+        if (descriptor := self._descriptors.pop(id(file), None)) is not None:
+            os.close(descriptor)
+
+
+def _opened(file: File) -> int:
+    descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        file.check_unchanged(Identity.of(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+_open_files = _OpenFiles()
