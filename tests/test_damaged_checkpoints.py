@@ -191,6 +191,10 @@ HUGGING_FACE: list[tuple[Damage, str]] = [
         r"rope_scaling.factor is \[\]: it must be",
     ),
     (set_config(rope_parameters=None, rope_theta=10**400), r"int too large to convert to float"),
+    (set_config(rope_parameters={"rope_type": "llama3", "factor": -8.0}), r"rope_scaling.factor is -8.0: it must be"),
+    (set_config(rope_parameters={"rope_theta": 1e300}), r"rope_theta is 1e\+300: it must be a positive number below"),
+    (set_config(rope_parameters={"rope_theta": True}), r"rope_theta is True: it must be a number"),
+    (set_config(rms_norm_eps=True), r"rms_norm_eps is True: it must be a number"),
     # Weights that do not fit the config
     (removed(WEIGHTS), r"neither model.safetensors nor"),
     (weights(lambda state: state.pop(Q)), rf"lacks tensors: {Q}"),

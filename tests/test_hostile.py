@@ -7,6 +7,7 @@ test_damaged_checkpoints.py.
 import collections
 import os
 import pickle
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from random import Random
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from megatron.pruning.storage import pickles
 from megatron.pruning.storage.pickles import read_pickle
+from megatron.pruning.storage.small_files import parse_json
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,14 @@ def test_a_pickle_of_endless_opcodes_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pickles, "_MAX_OPCODES", 1000)
     with pytest.raises(ValueError, match="more than 1,000 opcodes"):
         read_pickle(b"]" * 1000 + b".", {})
+
+
+def test_a_name_that_is_twice_in_a_long_object_is_found_at_once() -> None:
+    names = ",".join(f'"{number}":0' for number in range(200_000))
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="it holds '7' twice"):
+        parse_json(f'{{{names},"7":1}}'.encode(), "it")
+    assert time.monotonic() - begin < 5, "every name was compared with every other"
 
 
 def test_pickles_of_data_are_read_as_they_are() -> None:

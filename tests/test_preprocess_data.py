@@ -5,11 +5,14 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import preprocess_data as tool
 import pytest
 from helpers import ROOT, run
+
+from megatron.pruning.storage import small_files
 
 pytestmark = pytest.mark.slow
 
@@ -154,3 +157,37 @@ def test_a_killed_worker_ends_the_run_in_a_sentence(
     with pytest.raises(ValueError, match="a worker died"):
         tool.main(command([lines], tmp_path / "out" / "p", model, "--workers", "2"))
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_two_runs_with_one_prefix_never_mix_their_files(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write_lines(tmp_path / "a.jsonl", ['{"text": "one"}'])
+    second = write_lines(tmp_path / "b.jsonl", ['{"text": "two two two"}'])
+    write, names = tool.write, list[str]()
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(tool, "write", write)
+        done = write(*arguments)
+        tool.main(command([second], tmp_path / "p", model))  # begins and ends while the first is about to end
+        names.extend(path.name for path in tmp_path.glob(".p_*"))
+        return done
+
+    monkeypatch.setattr(tool, "write", meanwhile)
+    tool.main(command([first], tmp_path / "p", model))
+    assert len(names) == 2 and all(".partial-" in name for name in names)
+    wanted = command([first], tmp_path / "alone", model)
+    tool.main(wanted)
+    for suffix in (".bin", ".idx"):
+        found, alone = (tmp_path / f"{name}_text_document{suffix}" for name in ("p", "alone"))
+        assert found.read_bytes() == alone.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_waits_for_another_that_puts_its_files_in_place_and_then_says_so(tmp_path: Path) -> None:
+    with small_files.alone_at(tmp_path / "p"), pytest.raises(ValueError, match=r"another run puts its.*placing"):
+        with small_files.alone_at(tmp_path / "p", seconds=0.2):
+            raise AssertionError("two at once")
+    with small_files.alone_at(tmp_path / "p"):
+        assert (tmp_path / ".p.placing").exists()
+    assert not list(tmp_path.iterdir())

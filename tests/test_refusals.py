@@ -45,6 +45,7 @@ from megatron.pruning.storage import direct_write, output
             r"--tensor-model-parallel-size 0: it must lie between 1",
         ),
         ("--drop-layers 1 --make-vocab-size-divisible-by 0", r"--make-vocab-size-divisible-by 0: it must lie between"),
+        ("--drop-layers 1 --make-vocab-size-divisible-by 1000000000000", r"by 1000000000000: it must lie between"),
         ("--drop-layers 1 --num-layers 5", r"--num-layers 5 disagrees with .*, whose model has 4"),
         ("--drop-layers 1 --hidden_size 64", r"--hidden-size 64 disagrees with .*, whose model has 40"),
         ("--drop-layers 1 --ffn-hidden-size 99", r"--ffn-hidden-size 99 disagrees"),
