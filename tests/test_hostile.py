@@ -38,7 +38,7 @@ def test_a_broken_checkpoint_is_refused_in_a_sentence_or_read_right(fuzzer: Fuzz
 
 
 @pytest.mark.slow
-@settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(random=st.randoms(use_true_random=False))
 def test_a_command_on_a_broken_file_ends_in_a_sentence_or_well(fuzzer: Fuzzer, random: Random) -> None:
     fuzzer.command(random)
