@@ -78,13 +78,13 @@ def test_a_process_that_fails_before_it_joins_says_so_and_the_other_names_it(por
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_later_ends_the_others_with_its_sentence(port: int) -> None:
-    for failing in (0, 1):
-        both = [start(port + failing, rank, "fails" if rank == failing else "meets") for rank in (0, 1)]
-        found = [end(process) for process in both]
-        assert [status for status, _, _ in found] == [1, 1]
-        assert found[failing][2] == f"[rank {failing}] error: this disk is full\n"
-        assert f"process {failing} of this run has ended: this disk is full" in found[1 - failing][2]
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_later_ends_the_others_with_its_sentence(port: int, failing: int) -> None:
+    both = [start(port, rank, "fails" if rank == failing else "meets") for rank in (0, 1)]
+    found = [end(process) for process in both]
+    assert [status for status, _, _ in found] == [1, 1]
+    assert found[failing][2] == f"[rank {failing}] error: this disk is full\n"
+    assert f"process {failing} of this run has ended: this disk is full" in found[1 - failing][2]
 
 
 @pytest.mark.slow
