@@ -379,12 +379,18 @@ def without(call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("number", sorted(direct_write.UNSUPPORTED), ids=lambda number: errno.errorcode[number])
 @pytest.mark.parametrize("call", OPTIONAL)
 def test_a_file_system_without_an_optional_call_will_do(
-    gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+    gqa: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    call: str,
+    number: int,
 ) -> None:
     wanted = digests(convert(gqa, tmp_path / "wanted", tensor=2))
     without(call, number, monkeypatch)
     for overwrite in (False, True):
         assert digests(convert(gqa, tmp_path / "out", tensor=2, overwrite=overwrite)) == wanted
+        assert capsys.readouterr().err.count("has no locks") == (call == "flock")
         assert verify(tmp_path / "out") == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "wanted"]
 

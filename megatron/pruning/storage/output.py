@@ -149,7 +149,7 @@ def _building(path: Path, need: int, check: Callable[[], None], world: World) ->
                     f"--save {path} needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
                 )
             made = _make_aside(path, "partial")
-            hold = _hold(made)
+            hold = _hold(made, tell=True)
         partial = path.with_name(world.share(made.name if made else ""))
         yield partial
         if made is not None:
@@ -185,8 +185,11 @@ def _make_aside(path: Path, what: str) -> Path:
             return aside
 
 
-def _hold(directory: Path) -> int:
-    """Lock a directory for as long as this process lives, where the file system can: a sign that it is in use."""
+def _hold(directory: Path, tell: bool = False) -> int:
+    """Lock a directory for as long as this process lives: a sign that it is in use.
+
+    Where the file system cannot, nothing is locked, and that is told if it is asked for.
+    """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -194,6 +197,9 @@ def _hold(directory: Path) -> int:
         if isinstance(error, BlockingIOError):
             os.close(descriptor)
             raise
+        if tell:
+            where = f"the file system of {directory.parent} has no locks ({error.strerror})"
+            print(f"note: {where}: another run to the same target is noticed only at its end", file=sys.stderr)
     return descriptor
 
 
