@@ -431,3 +431,13 @@ def test_more_files_than_a_process_may_open_are_read(tmp_path: Path, monkeypatch
     done = run(*limited, "--load", str(many), "--save", str(tmp_path / "back"), "--format", "hf")
     assert done.returncode == 0, done.stderr
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_files_that_nobody_reads_any_more_are_closed_by_the_next_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(bytes(5000))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(300):
+        file = File(tmp_path / "data")
+        file.read_into(memoryview(bytearray(5000)), 0)
+        del file
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2

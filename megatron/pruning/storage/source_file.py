@@ -5,9 +5,10 @@ identity, taken when it is first seen and compared whenever it is opened again a
 """
 
 import contextlib
+import itertools
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ class File:
 
     def __init__(self, path: Path) -> None:
         require_plain(path)
+        self.number = next(_numbers)
         self.path, self.identity = path, Identity.of(path)
         self.size = self.identity.size
         if self.size < LARGEST_POINTER:
@@ -63,7 +65,9 @@ class File:
             raise ValueError(f"{self.path} was changed or replaced while it was read: nothing was saved; start again")
 
     def __del__(self) -> None:
-        _open_files.close(self)
+        # This may run at any moment, also while the table below is looked through: it is told, and closes it later.
+        if (number := getattr(self, "number", None)) is not None:
+            _open_files.unread.append(number)
 
 
 class _OpenFiles:
@@ -71,14 +75,17 @@ class _OpenFiles:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._descriptors: OrderedDict[int, int] = OrderedDict()  # by the id of a File
+        self._descriptors: OrderedDict[int, int] = OrderedDict()  # by the number of a File
+        self.unread: deque[int] = deque()  # numbers of Files that nobody has any more
         self._uses: dict[int, int] = {}
 
     @contextlib.contextmanager
     def lent(self, file: File) -> Iterator[int]:
         """Lend the descriptor of `file`, which stays open meanwhile."""
-        key = id(file)
+        key = file.number
         with self._lock:
+            while self.unread:
+                self._close(self.unread.popleft())
             if key not in self._descriptors:
                 self._close_idle(MOST_OPEN - 1)
                 self._descriptors[key] = _opened(file)
@@ -96,12 +103,11 @@ class _OpenFiles:
         for key in [key for key in self._descriptors if not self._uses.get(key)]:
             if len(self._descriptors) <= most:
                 return
-            os.close(self._descriptors.pop(key))
+            self._close(key)
 
-    def close(self, file: File) -> None:
-        """Close the descriptor of `file`, if it has one: nobody reads it any more."""
-        self._uses.pop(id(file), None)
-        if (descriptor := self._descriptors.pop(id(file), None)) is not None:
+    def _close(self, key: int) -> None:
+        self._uses.pop(key, None)
+        if (descriptor := self._descriptors.pop(key, None)) is not None:
             os.close(descriptor)
 
 
@@ -115,4 +121,4 @@ def _opened(file: File) -> int:
     return descriptor
 
 
-_open_files = _OpenFiles()
+_open_files, _numbers = _OpenFiles(), itertools.count()
