@@ -216,7 +216,9 @@ def test_settings_that_run_code_do_not_go_on_and_are_told(
     evil: dict[str, Any] = {"auto_map": {"AutoConfig": "evil.Config"}, "attn_implementation": "owner/kernel"}
     set_config(**evil, trust_remote_code=True)(source)
     tokenizer = source / "tokenizer_config.json"
-    tokenizer.write_text(tokenizer.read_text().replace("{", '{"auto_map": {"AutoTokenizer": ["evil.T", null]},', 1))
+    tokenizer.write_text(
+        tokenizer.read_text().replace("{", '{"auto\\u005fmap": {"AutoTokenizer": ["evil.T", null]},', 1)
+    )
     (source / "evil.py").write_text("raise SystemExit('it ran')")
     converter.main(["--load", str(source), "--save", str(tmp_path / "out"), "--format", "hf"])
     assert "auto_map, attn_implementation, trust_remote_code" in capsys.readouterr().out

@@ -78,15 +78,14 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"--input {' '.join(args.input)} is empty")
 
     tokenizer = build_tokenizer(args)
+    if args.append_eod:
+        require_eod(tokenizer, args)
     with quiet_imports():
         from megatron.core.datasets.indexed_dataset import DType
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     prefix = Path(args.output_prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     outputs = [f"{prefix}_{key}_document" for key in args.json_keys]
-    if args.append_eod:
-        require_eod(tokenizer, args)
-
     asides = {
         f"{output}{suffix}": new_file_beside(Path(f"{output}{suffix}")) for output in outputs for suffix in SUFFIXES
     }

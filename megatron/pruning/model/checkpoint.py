@@ -104,7 +104,7 @@ def carried_files_of(directory: Path, home: Path | None = None) -> dict[str, byt
         name = path.relative_to(directory).as_posix()
         if _CARRIED.fullmatch(name) and path.is_file():
             require_inside(path, home or directory)
-            found[name] = _without_code(read_small(path))
+            found[name] = _without_code(name, read_small(path))
             if not found[name] or (name.endswith((".json", ".model")) and found[name].lstrip()[:1] == b"<"):
                 what = "a web page" if found[name] else "empty"
                 raise ValueError(f"{path} is {what}, not the file that its name says: fetch it again, or remove it")
@@ -119,9 +119,9 @@ def require_inside(path: Path, directory: Path) -> None:
         raise ValueError(f"{path} is a link to {target}, outside of its checkpoint: it is not carried along")
 
 
-def _without_code(content: bytes) -> bytes:
-    """Return a file's content, a JSON object without the settings that name code."""
-    if not any(f'"{name}"'.encode() in content for name in _RUNS_CODE):
+def _without_code(file: str, content: bytes) -> bytes:
+    """Return a carried file's content; the one whose settings may name code without them, however they are spelled."""
+    if file != "tokenizer_config.json":
         return content
     try:
         values = json.loads(content)

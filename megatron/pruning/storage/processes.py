@@ -106,7 +106,8 @@ class _Board:
         self.heard = [time.monotonic()] * size  # when each entry was last another
         self._ends = False
         self.lost = ""  # why the store cannot be had any more
-        self._changed, self._posted = threading.Event(), threading.Event()
+        self._changed = threading.Event()
+        self._version = self._sent = 0  # of the entry, here and in the store
         self.hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's agent has one
         self._store = _connect(size, self.hosts)
         self._thread = threading.Thread(target=self._talk, daemon=True)
@@ -122,10 +123,12 @@ class _Board:
 
     def post(self, **values: Any) -> None:
         """Change this process's entry, and wait a moment until the others can see it."""
-        self._posted.clear()
         self.entry |= values
+        self._version += 1
         self._changed.set()
-        self._posted.wait(2.0)
+        deadline = time.monotonic() + 2.0
+        while self._sent < self._version and not self.lost and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def meet(self, text: str = "") -> str:
         """Wait at the next barrier, and return what the first process says there."""
@@ -175,15 +178,15 @@ class _Board:
             while not self._ends:
                 self._changed.clear()
                 self.entry["beat"] += 1
+                version = self._version
                 self._store.set(keys[self.rank], json.dumps(self.entry))
-                self._posted.set()
+                self._sent = version
                 for number, key in enumerate(keys):
                     if self._store.check([key]) and (found := json.loads(self._store.get(key))) != self.others[number]:
                         self.others[number], self.heard[number] = found, time.monotonic()
                 self._changed.wait(LOOK)
         except RuntimeError as error:
             self.lost = str(error).splitlines()[0][:200]
-            self._posted.set()
 
 
 def _connect(size: int, hosts: bool) -> Any:
