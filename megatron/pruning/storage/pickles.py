@@ -4,10 +4,11 @@ A pickle is a program, and Python's unpicklers run it: they look up classes and 
 be made to fill the memory or to hash for ever. Here a class is its name, an object a `Record` of what the pickle says
 of it, and only opcodes that data needs are known. Time and memory are linear in the bytes read.
 
-Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py
+Python's pickletools, which runs nothing either, takes the opcodes and their operands apart and has a text about each.
 """
 
-import struct
+import itertools
+import pickletools
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -43,11 +44,6 @@ class Record:
         return f"<{self.name}>"
 
 
-_FIXED = {b"J": "<i", b"K": "<B", b"M": "<H", b"G": ">d", b"q": "<B", b"r": "<I", b"h": "<B", b"j": "<I"}
-_FIXED |= {b"\x80": "<B", b"\x95": "<Q"}
-_COUNTED = {b"X": "<I", b"B": "<I", b"T": "<i", b"\x8c": "<B", b"C": "<B", b"U": "<B", b"\x8a": "<B"}
-
-
 class _Reader:
     def __init__(
         self, raw: bytes, makers: Mapping[str, Callable[..., Any]], persistent: Callable[[Any], Any] | None
@@ -60,40 +56,25 @@ class _Reader:
 
     def load(self) -> Any:
         """Run the opcodes up to the final STOP, and return what is on the stack then."""
-        for _ in range(_MAX_OPCODES):
-            if (code := self._take(1)) == b".":
+        for opcode, operand, place in itertools.islice(pickletools.genops(self.raw), _MAX_OPCODES):
+            self.at = place or 0
+            if opcode.name == "STOP":
                 return self.stack.pop()
-            if code in _FIXED:
-                self._fixed(code, struct.unpack(_FIXED[code], self._take(struct.calcsize(_FIXED[code])))[0])
-            elif code in _COUNTED:
-                count = struct.unpack(_COUNTED[code], self._take(struct.calcsize(_COUNTED[code])))[0]
-                self._counted(code, self._take(count))
-            elif code in _PLAIN:
-                _PLAIN[code](self)
-            else:
-                raise ValueError(f"its pickle has the opcode {code!r}, which no data needs")
+            if opcode.name not in _OPCODES:
+                raise ValueError(f"its pickle has the opcode {opcode.name}, which no data needs")
+            _OPCODES[opcode.name](self, operand)
         raise ValueError(f"its pickle has more than {_MAX_OPCODES:,} opcodes")
 
-    def _take(self, count: int) -> bytes:
-        if not 0 <= count <= len(self.raw) - self.at:
-            raise ValueError("it ends too early")
-        self.at += count
-        return self.raw[self.at - count : self.at]
+    def _text(self, text: str) -> None:
+        text.encode()  # half a surrogate pair, which genops lets pass, is no text
+        self.stack.append(text)
 
-    def _fixed(self, code: bytes, value: Any) -> None:
-        if code in b"JKMG":
-            self.stack.append(value)
-        elif code in b"qr":
-            self.memo[value] = self.stack[-1]
-        elif code in b"hj":
-            self.stack.append(self.memo[value])
-        # The protocol's number and the length of a frame say nothing that is needed.
-
-    def _counted(self, code: bytes, value: bytes) -> None:
-        if code == b"\x8a":
-            self.stack.append(int.from_bytes(value, "little", signed=True))
-        else:
-            self.stack.append(value.decode("utf-8") if code in (b"X", b"\x8c") else value)
+    def _global(self, words: str) -> None:
+        # genops undoes escapes; what runs a pickle does not, and would look up another name.
+        module, name = words.split(" ", 1)
+        if not self.raw.startswith(f"{module}\n{name}\n".encode(), self.at + 1):
+            raise ValueError("it names a class with an escape or a space")
+        self._name(module, name)
 
     def _since_mark(self) -> list[Any]:
         start = self.marks.pop()
@@ -107,10 +88,6 @@ class _Reader:
         items = self.stack[len(self.stack) - count :]
         del self.stack[len(self.stack) - count :]
         return items
-
-    def _line(self) -> str:
-        end = self.raw.index(b"\n", self.at)
-        return self._take(end + 1 - self.at)[:-1].decode("utf-8")
 
     def _name(self, module: Any, name: Any) -> None:
         if module.split(".")[0] not in _MODULES and not (
@@ -162,31 +139,38 @@ class NotDataError(ValueError):
     """A pickle names something that no data needs."""
 
 
-_PLAIN: Mapping[bytes, Callable[[_Reader], Any]] = {
-    b"(": lambda r: r.marks.append(len(r.stack)),
-    b"0": lambda r: r._pop(1),
-    b"1": lambda r: r._since_mark(),
-    b"N": lambda r: r.stack.append(None),
-    b"\x88": lambda r: r.stack.append(True),
-    b"\x89": lambda r: r.stack.append(False),
-    b")": lambda r: r.stack.append(()),
-    b"]": lambda r: r.stack.append([]),
-    b"}": lambda r: r.stack.append({}),
-    b"t": lambda r: r.stack.append(tuple(r._since_mark())),
-    b"\x85": lambda r: r.stack.append(tuple(r._pop(1))),
-    b"\x86": lambda r: r.stack.append(tuple(r._pop(2))),
-    b"\x87": lambda r: r.stack.append(tuple(r._pop(3))),
-    b"a": lambda r: r._extend(r._pop(1)),
-    b"e": lambda r: r._extend(r._since_mark()),
-    b"s": lambda r: r._set(r._pop(2)),
-    b"u": lambda r: r._set(r._since_mark()),
-    b"c": lambda r: r._name(r._line(), r._line()),
-    b"\x93": lambda r: r._name(*r._pop(2)),
-    b"R": lambda r: r._make(*r._pop(2)),
-    b"\x81": lambda r: r._make(*r._pop(2)),
-    b"b": lambda r: r._build(*r._pop(1)),
-    b"\x94": lambda r: r.memo.update({len(r.memo): r.stack[-1]}),
-    b"Q": lambda r: r.stack.append(r.persistent(*r._pop(1))) if r.persistent else r.marks.pop(),
+_OPCODES: Mapping[str, Callable[[_Reader, Any], Any]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda r, _: None),  # say nothing that is needed
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), lambda r, value: r.stack.append(value)),
+    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES"), lambda r, value: r.stack.append(value)),
+    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), lambda r, value: r.stack.append(value.encode("latin-1"))),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE"), lambda r, value: r._text(value)),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda r, number: r.memo.update({number: r.stack[-1]})),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda r, number: r.stack.append(r.memo[number])),
+    "MEMOIZE": lambda r, _: r.memo.update({len(r.memo): r.stack[-1]}),
+    "MARK": lambda r, _: r.marks.append(len(r.stack)),
+    "POP": lambda r, _: r._pop(1),
+    "POP_MARK": lambda r, _: r._since_mark(),
+    "NONE": lambda r, _: r.stack.append(None),
+    "NEWTRUE": lambda r, _: r.stack.append(True),
+    "NEWFALSE": lambda r, _: r.stack.append(False),
+    "EMPTY_TUPLE": lambda r, _: r.stack.append(()),
+    "EMPTY_LIST": lambda r, _: r.stack.append([]),
+    "EMPTY_DICT": lambda r, _: r.stack.append({}),
+    "TUPLE": lambda r, _: r.stack.append(tuple(r._since_mark())),
+    "TUPLE1": lambda r, _: r.stack.append(tuple(r._pop(1))),
+    "TUPLE2": lambda r, _: r.stack.append(tuple(r._pop(2))),
+    "TUPLE3": lambda r, _: r.stack.append(tuple(r._pop(3))),
+    "APPEND": lambda r, _: r._extend(r._pop(1)),
+    "APPENDS": lambda r, _: r._extend(r._since_mark()),
+    "SETITEM": lambda r, _: r._set(r._pop(2)),
+    "SETITEMS": lambda r, _: r._set(r._since_mark()),
+    "GLOBAL": lambda r, words: r._global(words),
+    "STACK_GLOBAL": lambda r, _: r._name(*r._pop(2)),
+    "REDUCE": lambda r, _: r._make(*r._pop(2)),
+    "NEWOBJ": lambda r, _: r._make(*r._pop(2)),
+    "BUILD": lambda r, _: r._build(*r._pop(1)),
+    "BINPERSID": lambda r, _: r.stack.append(r.persistent(*r._pop(1))) if r.persistent else r.marks.pop(),
 }
 
 
@@ -214,5 +198,5 @@ def _guarded(reader: _Reader) -> Any:
         return reader.load()
     except ValueError:
         raise
-    except (LookupError, TypeError, AttributeError, struct.error, RecursionError, MemoryError) as error:
+    except (LookupError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         raise ValueError(f"its pickle is damaged ({type(error).__name__})") from error
