@@ -19,7 +19,7 @@ import functools
 import os
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,8 +114,7 @@ def refuse(args: argparse.Namespace) -> None:
 def _set_environment() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # torch.compile would want a compiler and minutes for tiny models
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it where it is parallel
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    if nodes == 1:
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # one machine
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve would stop gloo
     # The stock data loader asks for pinned memory, which torch then explains it will not use.
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -123,56 +122,33 @@ def _set_environment() -> None:
 
 def _to_cpu(device: Any) -> Any:
     """Return the CPU where `device` names a CUDA device (`"cuda:1"`, an index, a torch.device), else `device`."""
-    if isinstance(device, bool):
-        return device
-    if isinstance(device, int):
-        return CPU
-    if isinstance(device, str):
-        return CPU if device.startswith("cuda") else device
-    if isinstance(device, torch.device):
-        return CPU if device.type == "cuda" else device
-    return device
+    is_index = isinstance(device, int) and not isinstance(device, bool)
+    is_cuda = isinstance(device, str | torch.device) and str(device).startswith("cuda")
+    return CPU if is_index or is_cuda else device
 
 
-def _with_cpu_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` with its `device` keyword redirected."""
+def _on_cpu(function: Callable[..., Any], keyword: str = "device", place: int | None = None) -> Callable[..., Any]:
+    """Return `function` with the device redirected that is given as `keyword`, or at `place` among the others."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("device") is not None:
-            kwargs["device"] = _to_cpu(kwargs["device"])
-        return function(*args, **kwargs)
+        if keyword in kwargs:
+            kwargs[keyword] = _to_cpu(kwargs[keyword])
+        return function(*(_to_cpu(arg) if i == place else arg for i, arg in enumerate(args)), **kwargs)
 
     return call
 
 
 def _redirect_factories() -> None:
     for name in FACTORIES:
-        setattr(torch, name, _with_cpu_device(getattr(torch, name)))
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in NEW_METHODS:
-        setattr(torch.Tensor, name, _with_cpu_device(getattr(torch.Tensor, name)))
-    load = torch.load
-
-    @functools.wraps(load)
-    def load_to_cpu(*args: Any, **kwargs: Any) -> Any:
-        if isinstance(kwargs.get("map_location"), str | torch.device):
-            kwargs["map_location"] = _to_cpu(kwargs["map_location"])
-        return load(*args, **kwargs)
-
-    torch.load = load_to_cpu
+        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+    torch.load = _on_cpu(torch.load, "map_location")
 
 
 def _redirect_moves() -> None:
-    tensor_to, module_to, tensor_type = torch.Tensor.to, torch.nn.Module.to, torch.Tensor.type
-
-    def moved(to: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(to)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("device") is not None:
-                kwargs["device"] = _to_cpu(kwargs["device"])
-            return to(self, *map(_to_cpu, args[:1]), *args[1:], **kwargs)
-
-        return call
+    tensor_type = torch.Tensor.type
 
     def type_of(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         # Megatron's optimizer sorts parameters by the name of their type and accepts torch.cuda.* only.
@@ -185,8 +161,8 @@ def _redirect_moves() -> None:
     def itself(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self
 
-    torch.Tensor.to = moved(tensor_to)  # type: ignore[method-assign]
-    torch.nn.Module.to = moved(module_to)  # type: ignore[method-assign]
+    torch.Tensor.to = _on_cpu(torch.Tensor.to, place=1)  # type: ignore[method-assign]
+    torch.nn.Module.to = _on_cpu(torch.nn.Module.to, place=1)  # type: ignore[method-assign]
     torch.Tensor.type = type_of  # type: ignore[method-assign,assignment]
     for name in ("cuda", "pin_memory"):
         setattr(torch.Tensor, name, itself)
@@ -237,14 +213,10 @@ class _Stream:
     record = synchronize = wait_event = wait_stream = wait
 
 
-@contextlib.contextmanager
-def _no_context(*args: Any, **kwargs: Any) -> Iterator[None]:
-    yield
-
-
 def _replace_bookkeeping() -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     properties = types.SimpleNamespace(
-        name="CPU", major=8, minor=0, multi_processor_count=os.cpu_count(), total_memory=_memory_bytes(), uuid="cpu"
+        name="CPU", major=8, minor=0, multi_processor_count=os.cpu_count(), total_memory=memory, uuid="cpu"
     )
     answers: dict[str, Any] = {
         "is_available": True,
@@ -256,7 +228,7 @@ def _replace_bookkeeping() -> None:
         "get_device_name": "CPU",
         "get_device_capability": (8, 0),
         "get_device_properties": properties,
-        "mem_get_info": (properties.total_memory, properties.total_memory),
+        "mem_get_info": (memory, memory),
         "memory_stats": {},
         "current_stream": _Stream(),
         "default_stream": _Stream(),
@@ -270,7 +242,7 @@ def _replace_bookkeeping() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, functools.partial(lambda answer, *args, **kwargs: answer, answer))
     torch.cuda.Stream = torch.cuda.Event = torch.cuda.ExternalStream = _Stream  # type: ignore[misc,assignment]
-    torch.cuda.stream = torch.cuda.device = _no_context  # type: ignore[misc,assignment]
+    torch.cuda.stream = torch.cuda.device = contextlib.nullcontext  # type: ignore[misc,assignment]
     torch.cuda._lazy_call = lambda call, **kwargs: call()
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, lambda *args, **kwargs: 0)
@@ -280,10 +252,6 @@ def _replace_bookkeeping() -> None:
     torch.accelerator.device_count = lambda: 0
 
 
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _replace_random_state() -> None:
     """Make the CUDA generator the CPU's: one stream of numbers, saved and restored under both names."""
     cpu_state = {
@@ -291,7 +259,7 @@ def _replace_random_state() -> None:
         "set_rng_state": lambda new_state, *args, **kwargs: torch.set_rng_state(new_state),
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
         "manual_seed_all": lambda seed: None,  # torch.manual_seed calls it after seeding the CPU
-        "initial_seed": lambda: torch.initial_seed(),
+        "initial_seed": torch.initial_seed,
     }
     for name, function in cpu_state.items():
         setattr(torch.cuda, name, function)
