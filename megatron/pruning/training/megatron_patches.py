@@ -32,14 +32,12 @@ from megatron.pruning.training.strict_loading import checked_dist_load, checked_
 class Patch:
     """A row of the table: the attribute `name` of `owner` (a module, class or object) is `value` while it is applied.
 
-    `since` is the version of megatron-core from which the row is needed, and `why` the reason. A row that is not
-    `needed` in this run changes nothing.
+    `why` is the reason, which holds from megatron-core 0.19 on. A row that is not `needed` in this run changes nothing.
     """
 
     owner: Any
     name: str
     value: Any
-    since: str
     why: str
     needed: bool = True
 
@@ -47,7 +45,7 @@ class Patch:
 def while_parsing(argv: Sequence[str]) -> list[Patch]:
     """Return the row that holds while Megatron parses the command line `argv`, which is without the program's name."""
     why = "Megatron's parse_args takes no command line: it reads that of the process."
-    return [Patch(sys, "argv", [sys.argv[0], *argv], "0.19", why)]
+    return [Patch(sys, "argv", [sys.argv[0], *argv], why)]
 
 
 def while_training(args: argparse.Namespace, config: TransformerConfig) -> list[Patch]:
@@ -57,14 +55,12 @@ def while_training(args: argparse.Namespace, config: TransformerConfig) -> list[
             training,
             "load_checkpoint",
             load_strictly,
-            since="0.19",
             why="The stock loader warns and trains from random weights where a checkpoint does not fit the model.",
         ),
         Patch(
             dataset_utils,
             "compile_helpers",
             lambda: None,
-            since="0.19",
             why="The stock loop runs make, but the wheel has the helpers built already and no Makefile.",
             needed=importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None,
         ),
@@ -72,7 +68,6 @@ def while_training(args: argparse.Namespace, config: TransformerConfig) -> list[
             filesystem_async,
             "_results_queue",
             queue.Queue(),
-            since="0.19",
             why="Megatron starts a process that holds the writer's results, and it takes seconds to import all again.",
             needed=not args.async_save,
         ),
@@ -86,7 +81,6 @@ def _without_gpu(config: TransformerConfig) -> list[Patch]:
             config,
             "deallocate_pipeline_outputs",
             False,
-            since="0.19",
             why="gloo may still read a stage's output when Megatron frees it, and virtual pipelines train on nonsense.",
         ),
         *(
@@ -94,7 +88,6 @@ def _without_gpu(config: TransformerConfig) -> list[Patch]:
                 optimizer,
                 "__init__",
                 functools.partialmethod(optimizer.__init__, fused=True),
-                since="0.19",
                 why="Megatron never asks torch for the Adam that updates a weight in one pass over memory.",
             )
             for optimizer in (torch.optim.Adam, torch.optim.AdamW)
@@ -109,7 +102,6 @@ def while_loading(models: Sequence[torch.nn.Module], source: Path) -> list[Patch
             get_args(),
             "ckpt_format",
             "torch_dist",
-            since="0.19",
             why="--ckpt-format says how to save; the stock loader asks it, and not the files, for what to load too.",
             needed=is_dist(get_args(), source),
         ),
@@ -117,7 +109,6 @@ def while_loading(models: Sequence[torch.nn.Module], source: Path) -> list[Patch
             dist_checkpointing,
             "load",
             functools.partial(checked_dist_load, dist_checkpointing.load, source),
-            since="0.19",
             why="The stock loader compares the names and shapes of all ranks' weights with nothing.",
         ),
         *(
@@ -125,7 +116,6 @@ def while_loading(models: Sequence[torch.nn.Module], source: Path) -> list[Patch
                 model,
                 "load_state_dict",
                 functools.partial(checked_load, model, model.load_state_dict, source),
-                since="0.19",
                 why="Where the strict loading of a torch checkpoint fails, Megatron loads once more and is not strict.",
             )
             for model in models
@@ -148,27 +138,18 @@ def load_strictly(models: list[Any], *args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def applied(patches: Iterable[Patch]) -> Iterator[None]:
-    """Put the needed rows in place inside of the `with`, and put back what was there in the opposite order."""
+    """Put the needed rows in place inside of the `with`, and put back what was there in the opposite order.
+
+    What an owner inherited before, it inherits after again. Raises AttributeError where an owner has nothing of the
+    row's name: it is a Megatron that the table does not know.
+    """
     with contextlib.ExitStack() as stack:
         for patch in patches:
             if patch.needed:
-                stack.enter_context(patched(patch.owner, patch.name, patch.value))
+                getattr(patch.owner, patch.name)
+                if patch.name in vars(patch.owner):
+                    stack.callback(setattr, patch.owner, patch.name, vars(patch.owner)[patch.name])
+                else:
+                    stack.callback(delattr, patch.owner, patch.name)
+                setattr(patch.owner, patch.name, patch.value)
         yield
-
-
-@contextlib.contextmanager
-def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let `owner` have `value` under `name` inside of the `with`; what it inherited before, it inherits after again.
-
-    Raises AttributeError where `owner` has nothing of this name: it is a Megatron that the table does not know.
-    """
-    getattr(owner, name)
-    own, before = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
