@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.storage.views import Stored, View, equal
@@ -47,5 +47,9 @@ def check_keys(where: str, found: set[str], expected: set[str]) -> None:
     """Raise ValueError, naming a few, when tensors are missing or unexpected."""
     for problem, keys in (("lacks", expected - found), ("holds unexpected", found - expected)):
         if keys:
-            names = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise ValueError(f"{where} {problem} tensors: {names}")
+            raise ValueError(f"{where} {problem} tensors: {a_few(keys)}")
+
+
+def a_few(names: Collection[str]) -> str:
+    """Return the first three names in words, and how many more there are."""
+    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

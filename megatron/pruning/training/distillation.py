@@ -135,13 +135,9 @@ class Distillation:
         # One pipeline stage, and rows of padding as the student has them.
         self.layout = Layout(args.tensor_model_parallel_size, 1, padded // args.tensor_model_parallel_size)
         self.layout.check_split(self.checkpoint.config.sizes, "the teacher's")
-        self.config = self._config(args)
+        self.config = model_config(self.checkpoint.config, self.layout, args, _TEACHER_ARGS)
         self.teacher: Any = None
         model.post_wrap_hooks.append(self._build)
-
-    def _config(self, args: argparse.Namespace) -> GPTModelConfig:
-        """Return the teacher's configuration: its own shape, and how to compute as the student has it."""
-        return model_config(self.checkpoint.config, self.layout, args, _TEACHER_ARGS)
 
     def _build(self, models: list[Any]) -> list[Any]:
         """Build and fill the teacher where the student's logits will be; a hook of Megatron's model builder."""

@@ -12,6 +12,7 @@ from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 from megatron.training import global_vars
 from megatron.training.utils import print_rank_0
 
+from megatron.pruning.model.megatron_args import flag_of
 from megatron.pruning.training import cpu_device
 
 
@@ -93,7 +94,7 @@ def _refuse_layout(args: argparse.Namespace) -> None:
     sizes = {name: getattr(args, name) for name in names if name != names[2] or args.context_parallel_size > 1}
     replica = math.prod(sizes.values())
     if args.world_size % replica:
-        product = " x ".join(f"--{name.replace('_', '-')} {size}" for name, size in sizes.items())
+        product = " x ".join(f"{flag_of(name)} {size}" for name, size in sizes.items())
         raise ValueError(f"{args.world_size} processes were started, which is no multiple of {product} = {replica}")
 
 
@@ -104,19 +105,15 @@ def _refuse_warm_up(args: argparse.Namespace) -> None:
         return
     for unit in ("iters", "samples"):
         warm_up = getattr(args, f"lr_warmup_{unit}")
-        for name in (f"lr_decay_{unit}", f"train_{unit}"):  # the first that is given is the length of the decay
-            length = getattr(args, name)
-            if length is not None:
-                if warm_up >= length:
-                    flag = f"--{name.replace('_', '-')}"
-                    raise ValueError(f"--lr-warmup-{unit} {warm_up} must be less than {flag} {length}")
-                break
+        given = [name for name in (f"lr_decay_{unit}", f"train_{unit}") if getattr(args, name) is not None]
+        if given and warm_up >= (length := getattr(args, given[0])):  # the first is the length of the decay
+            raise ValueError(f"--lr-warmup-{unit} {warm_up} must be less than {flag_of(given[0])} {length}")
 
 
 def _refuse_distillation(args: argparse.Namespace) -> None:
     given = [flag for flag in ("kd_alpha", "kd_temperature") if getattr(args, flag) is not None]
     if given and args.teacher_load is None:
-        raise ValueError(f"--{given[0].replace('_', '-')} needs a teacher: give --teacher-load")
+        raise ValueError(f"{flag_of(given[0])} needs a teacher: give --teacher-load")
     for flag in ("kd_alpha", "kd_temperature"):
         if flag not in given:
             setattr(args, flag, 1.0)

@@ -19,6 +19,7 @@ from megatron.training import get_args
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
 
+from megatron.pruning.formats.checks import a_few
 from megatron.pruning.formats.huggingface import CONFIG_FILE
 from megatron.pruning.formats.megatron import (
     HF_FILES,
@@ -40,6 +41,8 @@ from megatron.pruning.storage.small_files import read_small, replace_durably
 _SCHEDULE = re.compile(
     r"OptimizerParamScheduler: class input value (.+) and checkpoint ?value (.+) for (.+) do not match"
 )
+
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # how the names of its tensors begin
 
 # The name of a norm inside of a layer -> its name in the other kind of layers: TransformerEngine's <-> the local ones.
 _OTHER_NORM = {theirs: f"{ours}.weight" for theirs, ours in TE_NORMS.items()}
@@ -96,8 +99,8 @@ def require_files(args: argparse.Namespace, source: Path) -> None:
     found = [file.parent.name for file in files]
     if sorted(ranks) != found and not args.use_mp_args_from_checkpoint_args:
         raise ValueError(
-            f"{folder} holds {_some(found)} and this run, tensor size {tp} and pipeline size {pp}, "
-            f"reads {_some(ranks)}: reshard it with scripts/transfer.sh"
+            f"{folder} holds {a_few(found)} and this run, tensor size {tp} and pipeline size {pp}, "
+            f"reads {a_few(ranks)}: reshard it with scripts/transfer.sh"
         )
 
 
@@ -230,15 +233,14 @@ def checked_dist_load(
     torch.distributed.all_gather_object(everyone, mine)
     expected = {name: shape for shapes in everyone for name, shape in shapes.items()}
     stored = dist_checkpointing.load_tensors_metadata(directory)
-    found = {name: tuple(tensor.global_shape) for name, tensor in stored.items() if not _is_optimizer(name)}
+    found = {name: tuple(tensor.global_shape) for name, tensor in stored.items() if not _OPTIMIZER.match(name)}
     _compare(source, expected, found)
     return load(wanted, directory, *rest, **kw)
 
 
 def _compare(source: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or extra:
-        parts = [f"it lacks {_some(missing)}"] * bool(missing) + [f"this model has no {_some(extra)}"] * bool(extra)
+    differ = {"it lacks": expected.keys() - found.keys(), "this model has no": found.keys() - expected.keys()}
+    if parts := [f"{problem} {a_few(names)}" for problem, names in differ.items() if names]:
         raise ValueError(f"the checkpoint in {source} does not fit this model: {'; '.join(parts)}")
     for name, shape in expected.items():
         if found[name] != shape:
@@ -249,14 +251,6 @@ def _compare(source: Path, expected: dict[str, tuple[int, ...]], found: dict[str
 
 def _weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state.items() if not name.endswith("_extra_state") and value is not None}
-
-
-def _is_optimizer(name: str) -> bool:
-    return re.match(r"(chained_\d+\.)?optimizer\.", name) is not None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _first_line(error: object) -> str:
