@@ -104,10 +104,10 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _read_bin(path: Path, ignored: re.Pattern[str]) -> dict[str, Stored]:
-    from megatron.pruning.storage.torch_reader import load_torch, stored
+    from megatron.pruning.storage.torch_reader import Window, load_torch, stored
 
     file = File(path)
-    content = load_torch(path)
+    content = load_torch(Window(file))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not a state dict")
     if strange := [key for key in content if not isinstance(key, str)]:

@@ -41,7 +41,7 @@ from megatron.pruning.storage.dcp_file import (
 )
 from megatron.pruning.storage.small_files import as_json
 from megatron.pruning.storage.source_file import File
-from megatron.pruning.storage.torch_reader import load_torch
+from megatron.pruning.storage.torch_reader import Window, load_torch
 from megatron.pruning.storage.views import View, cast, concat
 
 COMMON = "common.pt"  # what all ranks know
@@ -139,7 +139,7 @@ def _row(boxes: dict[int, View]) -> View | None:
 def _read_args(directory: Path, entries: dict[str, Entry]) -> Namespace:
     common: Any = None
     if (directory / COMMON).is_file():
-        common = load_torch(directory / COMMON)
+        common = load_torch(Window(File(directory / COMMON)))
     elif (entry := entries.get("common_state/shard_0_1")) and entry.chunks:
         common = load_object(entry.chunks[0])
     if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):

@@ -30,7 +30,7 @@ from megatron.pruning.model.weights import FIRST
 from megatron.pruning.storage.dcp_file import METADATA
 from megatron.pruning.storage.output import OutputFile
 from megatron.pruning.storage.source_file import File
-from megatron.pruning.storage.torch_reader import load_torch, stored
+from megatron.pruning.storage.torch_reader import Window, load_torch, stored
 from megatron.pruning.storage.torch_writer import archive, tensor
 from megatron.pruning.storage.views import View, cast
 
@@ -194,7 +194,7 @@ def _rank_files(directory: Path) -> dict[tuple[int, int], Path]:
 
 
 def _load_rank(path: Path) -> dict[str, Any]:
-    content = load_torch(path)
+    content = load_torch(Window(File(path)))
     if not isinstance(content, dict) or not isinstance(content.get("args"), Namespace):
         raise ValueError(f"{path} carries no Megatron arguments, so the model's shape is unknown")
     version = content.get("checkpoint_version", 0)

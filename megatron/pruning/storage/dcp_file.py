@@ -98,7 +98,7 @@ def _numbers(values: Any) -> tuple[int, ...]:
 
 def load_object(chunk: Chunk) -> Any:
     """Return a bytes object: it is data, loaded as a rank file is, and lies in a list of one."""
-    content = load_torch(chunk.path, Window(File(chunk.path), chunk.start, chunk.length))
+    content = load_torch(Window(File(chunk.path), chunk.start, chunk.length))
     return content[0] if isinstance(content, list) and len(content) == 1 else content
 
 
@@ -112,7 +112,7 @@ class StoredChunk(View):
     @functools.cached_property
     def _stored(self) -> Stored:
         chunk = self.chunk
-        tensor = load_torch(self.file.path, Window(self.file, chunk.start, chunk.length))
+        tensor = load_torch(Window(self.file, chunk.start, chunk.length))
         offset = chunk.start + data_offset(self.file, self.name, tensor) + (self.layer or 0) * self.nbytes
         if (tensor.shape, tensor.dtype) != (chunk.sizes, self.dtype):
             raise ValueError(

@@ -56,16 +56,16 @@ def require_harmless(folder: Path) -> None:
                 for chunk in entry.chunks:
                     if not chunk.path.is_file():
                         raise ValueError(f"{folder / METADATA} names {chunk.path.name}, which is not there")
-                    _check_saved(chunk.path, Window(File(chunk.path), chunk.start, chunk.length), name)
+                    _check_saved(Window(File(chunk.path), chunk.start, chunk.length), name)
     for path in sorted(folder.rglob("*.pt")):
-        file = File(path)
-        _check_saved(path, Window(file, 0, file.size), "")
+        _check_saved(Window(File(path)), "")
 
 
-def _check_saved(path: Path, window: Window, name: str) -> None:
+def _check_saved(window: Window, name: str) -> None:
     """Check a file of torch.save, and what in it is unpickled later: all of it, if it is called an extra state."""
+    path = window.file.path
     _check(path, pickle_of(path, window))
-    for inner in _pickles_within(load_torch(path, window), _EXTRA_STATE in name):
+    for inner in _pickles_within(load_torch(window), _EXTRA_STATE in name):
         if inner.startswith(b"PK\3\4"):
             inner = pickle_of(path, io.BytesIO(inner))
         _check(path, inner)

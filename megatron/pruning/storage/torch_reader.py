@@ -24,23 +24,19 @@ from megatron.pruning.storage.views import Stored
 # A pickle or a zip archive's directory may have this many bytes: several times what the largest Llama needs, its
 # optimizer included.
 MAX_HEADER_BYTES = 1 << 25
+_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch wrote first when its files were no archives
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name and its extra field
 
 
-class Window(io.RawIOBase):
-    """A part of a file as a file of its own, of which no more is read at once than a header may have."""
+class Window:
+    """A file, or a part of one, as zipfile reads it: no more at once than a header may have."""
 
-    def __init__(self, file: File, start: int, length: int) -> None:
+    def __init__(self, file: File, start: int = 0, length: int | None = None) -> None:
+        length = file.size if length is None else length
         if start + length > file.size:
             raise ValueError(f"{file.path} has {file.size} bytes, but an entry of it ends at {start + length}")
         self.file, self.start, self.length, self.position = file, start, length, 0
         self.failure: OSError | None = None  # of the file system, which zipfile takes for the end of the file
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
@@ -69,8 +65,8 @@ class Window(io.RawIOBase):
 class _Archive:
     """The zip archive of torch.save: its entries by name, without the folder that all of them are in."""
 
-    def __init__(self, window: "Window | io.BytesIO", length: int) -> None:
-        self.window, self.length = window, length
+    def __init__(self, window: Window | io.BytesIO) -> None:
+        self.window, self.length = window, window.seek(0, io.SEEK_END)
         with zipfile.ZipFile(window) as archive:
             entries = archive.infolist()
         self.entries = {entry.filename.partition("/")[2]: entry for entry in entries}
@@ -78,6 +74,8 @@ class _Archive:
             raise zipfile.BadZipFile("it has no data.pkl")
         if len(self.entries) != len(entries):
             raise ValueError("it holds an entry twice")
+        if "byteorder" in self.entries and (order := self.read("byteorder")) != b"little":
+            raise ValueError(f"its byte order is {order[:20]!r}: only little-endian files are read")
 
     def place(self, name: str) -> tuple[int, int]:
         """Return the first byte, within the window, and the number of bytes of an entry."""
@@ -145,35 +143,23 @@ class Tensor:
         return all(n == 1 or a == b for n, a, b in zip(self.shape, self.strides, expected, strict=True))
 
 
-def load_torch(path: Path, window: Window | None = None) -> Any:
+def load_torch(window: Window) -> Any:
     """Load a file of torch.save, each tensor as a `Tensor`; their data stays in the file (see `stored`).
 
-    `window` is a part of `path` to load instead of the whole. Raises ValueError for what is not such a file, is cut
-    short, or holds anything but data.
+    Raises ValueError for what is not such a file, is cut short, or holds anything but data.
     """
-    if window is None:
-        file = File(path)
-        window = Window(file, 0, file.size)
-    with _said(path, window):
-        return _unpickle(_archive(window))
+    with _said(window.file.path, window):
+        return _unpickle(_Archive(window))
 
 
-def pickle_of(path: Path, window: "Window | io.BytesIO") -> bytes:
+def pickle_of(path: Path, window: Window | io.BytesIO) -> bytes:
     """Return the pickle of a file of torch.save, which lies at `path` or in a part of it. Raises as `load_torch`."""
     with _said(path, window):
-        return _archive(window).read("data.pkl")
-
-
-def _archive(window: "Window | io.BytesIO") -> _Archive:
-    length = window.length if isinstance(window, Window) else len(window.getbuffer())
-    archive = _Archive(window, length)
-    if "byteorder" in archive.entries and (order := archive.read("byteorder")) != b"little":
-        raise ValueError(f"its byte order is {order[:20]!r}: only little-endian files are read")
-    return archive
+        return _Archive(window).read("data.pkl")
 
 
 @contextlib.contextmanager
-def _said(path: Path, window: "Window | io.BytesIO") -> Iterator[None]:
+def _said(path: Path, window: Window | io.BytesIO) -> Iterator[None]:
     """Let an error say which file, or whose entry, it is about."""
     whole = isinstance(window, Window) and window.length == window.file.size
     what = f"{path} ({path.stat().st_size} bytes)" if whole else f"an entry of {path}"
@@ -184,22 +170,14 @@ def _said(path: Path, window: "Window | io.BytesIO") -> Iterator[None]:
     except zipfile.BadZipFile as error:
         if isinstance(window, Window) and window.failure is not None:
             raise window.failure from error
-        if _begins_as_before_1_6(path, window):
+        window.seek(0)
+        if window.read(len(_MAGIC)) == _MAGIC:
             raise ValueError(
                 f"{what} was saved before torch 1.6, in a format of its own: load it with torch and save it again"
             ) from error
         raise ValueError(f"{what} is not a complete file of torch.save: {error}") from error
     except (ValueError, RuntimeError, LookupError) as error:  # RuntimeError: as zipfile says what it does not read
         raise ValueError(f"{what} is damaged: {error}") from error
-
-
-def _begins_as_before_1_6(path: Path, window: "Window | io.BytesIO") -> bool:
-    """Whether a file begins with the number that torch wrote first when its files were no archives."""
-    window.seek(0)
-    return window.read(len(_MAGIC)) == _MAGIC
-
-
-_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def _unpickle(archive: _Archive) -> Any:
