@@ -143,16 +143,14 @@ class _Work:
             at, index = end, index + 1
 
     def _write(self, data: memoryview, offset: int) -> None:
-        while data:
-            direct = fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & os.O_DIRECT  # before another thread takes it back
-            try:
-                count = _pwrite(self.descriptor, data, offset)
-            except OSError as error:
-                if error.errno not in UNSUPPORTED or not direct:
-                    raise
-                _set_direct(self.descriptor, False)  # the file system took the flag, but not this write
-                continue
-            data, offset = data[count:], offset + count
+        direct = fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & os.O_DIRECT  # before another thread takes it back
+        try:
+            _write_all(self.descriptor, data, offset)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED or not direct:
+                raise
+            _set_direct(self.descriptor, False)  # the file system took the flag, but not this write
+            _write_all(self.descriptor, data, offset)
 
     def _add(self, start: int, pieces: list[tuple[int, Digest]]) -> None:
         with self._lock:
@@ -163,18 +161,17 @@ class _Work:
                 self._added += EXTENT_BYTES
 
 
-def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> int:
-    """Write some of `data`, and return how much; a file system that takes nothing and says nothing has failed."""
-    if (count := os.pwrite(descriptor, data, offset)) <= 0 < len(data):
-        raise OSError(errno.EIO, "the file system takes no more bytes and does not say why")
-    return count
+def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write `data` in as many calls as it takes; a file system that takes nothing and says nothing has failed."""
+    while data:
+        if (count := os.pwrite(descriptor, data, offset)) <= 0:
+            raise OSError(errno.EIO, "the file system takes no more bytes and does not say why")
+        data, offset = data[count:], offset + count
 
 
 def finish(path: Path, changes: Sequence[tuple[int, bytes]]) -> None:
     """Write small changes, (offset, bytes), into a file that `fill` wrote, and make it durable."""
     with _named(path), path.open("r+b", buffering=0) as file:
         for offset, content in changes:
-            while content:
-                count = _pwrite(file.fileno(), content, offset)
-                content, offset = content[count:], offset + count
+            _write_all(file.fileno(), content, offset)
         os.fsync(file.fileno())
