@@ -83,7 +83,7 @@ def save_checkpoint(
     plan = checkpoint.root / PLAN_FILE
     kept_plan = {PLAN_FILE: read_small(plan)} if plan.is_file() else {}
     all_beside = {**own, **kept_plan, **(beside or {})}
-    output.write_files(files, all_beside, path, f"writing {path}", overwrite, _marks(), world or World())
+    output.write_files(files, all_beside, path, overwrite, _marks(), world or World())
 
 
 def _marks() -> list[str]:

@@ -18,7 +18,6 @@ from megatron.pruning.storage.manifest import MANIFEST, Digest, manifest_bytes, 
 from megatron.pruning.storage.processes import World
 from megatron.pruning.storage.progress import Progress
 from megatron.pruning.storage.small_files import write_durably
-from megatron.pruning.storage.source_file import Identity
 from megatron.pruning.storage.views import View
 
 
@@ -74,7 +73,6 @@ def write_files(
     files: Sequence[OutputFile],
     beside: Mapping[str, bytes],
     path: Path,
-    what: str,
     overwrite: bool,
     marks: Sequence[str],
     world: World,
@@ -89,13 +87,11 @@ def write_files(
     with _building(path, need, lambda: check_target(path, overwrite, marks), world) as partial:
         if not partial.is_dir():
             raise ValueError(f"process {world.rank} cannot see {partial}: all need one file system under --save")
-        progress = Progress(what, sum(file.nbytes for file in mine), show=world.rank == 0)
-        try:
+        total = sum(file.nbytes for file in mine)
+        with contextlib.closing(Progress(f"writing {path}", total, show=world.rank == 0)) as progress:
             digests = {file.name: file.write(partial, progress) for file in mine}
-        finally:
-            progress.close()
         for source in {source for file in files for view in file.views.values() for source in view.sources()}:
-            source.check_unchanged(Identity.of(source.path))
+            source.check_unchanged(source.path.stat())
         # The others' digests reach the first process as the files do, through the directory.
         (partial / f".digests.{world.rank}").write_bytes(manifest_bytes(digests))
         world.barrier()
@@ -223,7 +219,7 @@ def _put_in_place(partial: Path, path: Path, check: Callable[[], None]) -> None:
     mine, old, hold = (partial / MANIFEST).read_bytes(), None, -1
     try:
         if not _rename_to_new(partial, path):
-            seen = _identity(path)
+            seen = path.lstat()
             check()  # again: it may have turned up since the run began
             hold = _hold(path)
             old = _replace(partial, path, seen)
@@ -239,17 +235,11 @@ def _put_in_place(partial: Path, path: Path, check: Callable[[], None]) -> None:
             os.close(hold)
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat(follow_symlinks=False)
-    return status.st_dev, status.st_ino
-
-
 def _rename_to_new(partial: Path, path: Path) -> bool:
     """Rename unless `path` is there: then return False. An empty directory does not count."""
     try:
-        if _renameat2(partial, path, _NOREPLACE):
-            return True
-        partial.rename(path)  # which replaces an empty directory, and fails on any other
+        if not _renameat2(partial, path, _NOREPLACE):
+            partial.rename(path)  # which replaces an empty directory, and fails on any other
         return True
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
@@ -257,21 +247,21 @@ def _rename_to_new(partial: Path, path: Path) -> bool:
         return False
 
 
-def _replace(partial: Path, path: Path, seen: tuple[int, int]) -> Path:
+def _replace(partial: Path, path: Path, seen: os.stat_result) -> Path:
     """Put `partial` in the place of the directory `seen` under `path`, and return where that is now.
 
     Where the file system cannot exchange names, none has `path` between two renames; what was there is then beside it.
     Raises ValueError when another directory has come there instead.
     """
     if _renameat2(partial, path, _EXCHANGE):
-        if _identity(partial) != seen:
+        if not os.path.samestat(partial.lstat(), seen):
             _renameat2(partial, path, _EXCHANGE)
             raise ValueError(f"--save {path}: another run has put its own checkpoint there meanwhile")
         return partial
     old = _make_aside(path, "replaced")
     path.rename(old)
     try:
-        if _identity(old) != seen:
+        if not os.path.samestat(old.lstat(), seen):
             raise ValueError(f"--save {path}: another run has put its own checkpoint there meanwhile")
         partial.rename(path)
     except BaseException:

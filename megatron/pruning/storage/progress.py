@@ -23,17 +23,14 @@ class Progress:
         """Count `count` more units, bytes unless told otherwise, as done."""
         with self.lock:
             self.done += count
-            self._show(count)
-
-    def _show(self, count: int) -> None:
-        if self.bar is not None:
-            self.bar.update(count)
-        elif self.show and time.monotonic() - self.last_line > 10:
-            self.last_line = time.monotonic()
-            rate = (self.done - self.before) / (self.last_line - self.start)
-            left = (self.total - self.done) / rate
-            speed = f"{rate / 1e6:.1f} MB/s" if self.unit == "B" else f"{rate:.2f} {self.unit}/s"
-            print(f"{self.what}: {self.done / self.total:.0%}, {speed}, {left:.0f} s left", flush=True)
+            if self.bar is not None:
+                self.bar.update(count)
+            elif self.show and time.monotonic() - self.last_line > 10:
+                self.last_line = time.monotonic()
+                rate = (self.done - self.before) / (self.last_line - self.start)
+                left = (self.total - self.done) / rate
+                speed = f"{rate / 1e6:.1f} MB/s" if self.unit == "B" else f"{rate:.2f} {self.unit}/s"
+                print(f"{self.what}: {self.done / self.total:.0%}, {speed}, {left:.0f} s left", flush=True)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -10,7 +10,6 @@ import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.pruning.storage.small_files import refuse_pointer, require_plain
@@ -19,20 +18,9 @@ LARGEST_POINTER = 1024  # bytes of what git-lfs leaves in the place of a file
 MOST_OPEN = 64  # files at once: checkpoints have thousands, and a process may have 256
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What tells a file from another that has come into its place, or from itself after a change."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, file: Path | int) -> "Identity":
-        """Return the identity of a file, by its path or descriptor."""
-        status = os.stat(file)  # noqa: PTH116 - of a descriptor, too
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Return what tells a file from another that has come into its place, or from itself after a change."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class File:
@@ -41,8 +29,8 @@ class File:
     def __init__(self, path: Path) -> None:
         require_plain(path)
         self.number = next(_numbers)
-        self.path, self.identity = path, Identity.of(path)
-        self.size = self.identity.size
+        self.path, status = path, path.stat()
+        self.identity, self.size = _identity(status), status.st_size
         if self.size < LARGEST_POINTER:
             refuse_pointer(path, path.read_bytes())
 
@@ -59,9 +47,9 @@ class File:
                     raise ValueError(f"{self.path} ends at byte {offset + done}, {len(buffer) - done} bytes too early")
                 done += count
 
-    def check_unchanged(self, found: Identity) -> None:
-        """Raise ValueError unless `found` is the identity that this file had at first."""
-        if found != self.identity:
+    def check_unchanged(self, status: os.stat_result) -> None:
+        """Raise ValueError unless `status`, of its path or a descriptor, is that of the file as it was at first."""
+        if _identity(status) != self.identity:
             raise ValueError(f"{self.path} was changed or replaced while it was read: nothing was saved; start again")
 
     def __del__(self) -> None:
@@ -114,7 +102,7 @@ class _OpenFiles:
 def _opened(file: File) -> int:
     descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        file.check_unchanged(Identity.of(descriptor))
+        file.check_unchanged(os.fstat(descriptor))
     except BaseException:
         os.close(descriptor)
         raise
