@@ -56,13 +56,16 @@ class _Reader:
 
     def load(self) -> Any:
         """Run the opcodes up to the final STOP, and return what is on the stack then."""
-        for opcode, operand, place in itertools.islice(pickletools.genops(self.raw), _MAX_OPCODES):
-            self.at = place or 0
-            if opcode.name == "STOP":
-                return self.stack.pop()
-            if opcode.name not in _OPCODES:
-                raise ValueError(f"its pickle has the opcode {opcode.name}, which no data needs")
-            _OPCODES[opcode.name](self, operand)
+        try:
+            for opcode, operand, place in itertools.islice(pickletools.genops(self.raw), _MAX_OPCODES):
+                self.at = place or 0
+                if opcode.name == "STOP":
+                    return self.stack.pop()
+                if opcode.name not in _OPCODES:
+                    raise ValueError(f"its pickle has the opcode {opcode.name}, which no data needs")
+                _OPCODES[opcode.name](self, operand)
+        except (LookupError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+            raise ValueError(f"its pickle is damaged ({type(error).__name__})") from error
         raise ValueError(f"its pickle has more than {_MAX_OPCODES:,} opcodes")
 
     def _text(self, text: str) -> None:
@@ -77,10 +80,7 @@ class _Reader:
         self._name(module, name)
 
     def _since_mark(self) -> list[Any]:
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
+        return self._pop(len(self.stack) - self.marks.pop())
 
     def _pop(self, count: int) -> list[Any]:
         if len(self.stack) < count:
@@ -177,7 +177,7 @@ _OPCODES: Mapping[str, Callable[[_Reader, Any], Any]] = {
 def names_in(raw: bytes) -> set[str]:
     """Return the dotted names of all that a pickle names. Raises as `read_pickle` does."""
     reader = _Reader(raw, {}, lambda label: None)
-    _guarded(reader)
+    reader.load()
     return reader.names
 
 
@@ -190,13 +190,4 @@ def read_pickle(
     a persistent id. Raises NotDataError, with the name, when the pickle names anything else than classes of data, and
     ValueError when it is damaged.
     """
-    return _guarded(_Reader(raw, makers, persistent))
-
-
-def _guarded(reader: _Reader) -> Any:
-    try:
-        return reader.load()
-    except ValueError:
-        raise
-    except (LookupError, TypeError, AttributeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"its pickle is damaged ({type(error).__name__})") from error
+    return _Reader(raw, makers, persistent).load()
