@@ -8,6 +8,7 @@ Formats: torch/serialization.py (_save, persistent_id), torch/_utils.py (_rebuil
 """
 
 import io
+import math
 import pickle
 import struct
 import zlib
@@ -101,14 +102,10 @@ def pickled(value: Any) -> bytes:
 def tensor(view: View, number: int, shape: Sequence[int] | None = None) -> Made:
     """Return the tensor whose bits are `view`'s and whose storage is entry `number`; it may have another shape."""
     shape = tuple(view.shape if shape is None else shape)
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.append(strides[-1] * size)
-    elements = strides[-1] * shape[0]
-    storage = _Storage(Global("torch", DTYPES[view.dtype].storage), str(number), elements)
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    storage = _Storage(Global("torch", DTYPES[view.dtype].storage), str(number), math.prod(shape))
     hooks: OrderedDict[str, Any] = OrderedDict()
-    arguments = (storage, 0, shape, tuple(reversed(strides)), False, hooks)
-    return Made(Global("torch._utils", "_rebuild_tensor_v2"), arguments)
+    return Made(Global("torch._utils", "_rebuild_tensor_v2"), (storage, 0, shape, strides, False, hooks))
 
 
 def dtype_of(view: View) -> Global:

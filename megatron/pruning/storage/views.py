@@ -34,27 +34,21 @@ BLOCK_BYTES = 1 << 22
 READ_GAP_BYTES = 1 << 14
 
 
-class _Free(threading.local):
-    """The buffers of this thread that are free."""
-
-    def __init__(self) -> None:
-        self.buffers: list[Bits] = []
-
-
-_free = _Free()
+_free = threading.local()  # its `buffers` are those of this thread that are free
 
 
 @contextlib.contextmanager
 def scratch(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Bits]:
     """Lend an array of arbitrary content, in memory that this thread used before."""
     need = math.prod(shape) * dtype.itemsize
-    buffer = _free.buffers.pop() if _free.buffers else np.empty(0, np.uint8)
+    free: list[Bits] = vars(_free).setdefault("buffers", [])
+    buffer = free.pop() if free else np.empty(0, np.uint8)
     if buffer.nbytes < need:
         buffer = np.empty(need, np.uint8)
     try:
         yield buffer[:need].view(dtype).reshape(shape)
     finally:
-        _free.buffers.append(buffer)
+        free.append(buffer)
 
 
 class View(ABC):
