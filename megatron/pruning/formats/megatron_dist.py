@@ -5,11 +5,12 @@ rank; chunks may cut it anywhere. `common.pt` holds the arguments, or since 0.19
 `common_state/shard_0_1`. Written with common.pt, which every release reads.
 """
 
+import itertools
+import math
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron.pruning.formats.format import SHARD_BYTES, Format, Output, SaveOptions, in_shards
 from megatron.pruning.formats.megatron import (
@@ -105,16 +106,7 @@ class DistCheckpoint(MegatronCheckpoint):
                 key, self._file(chunk), chunk, inside, str(entry.dtype)
             )
         shape = (entry.shape or ())[0 if layer is None else 1 :]
-        rows = [_row(row) for _, row in sorted(boxes.items())]
-        starts = np.cumsum([0, *(row.shape[0] for row in rows if row is not None)])[:-1]
-        whole = None
-        if (
-            rows
-            and None not in rows
-            and starts.tolist() == sorted(boxes)
-            and len({r.shape[1:] for r in rows if r}) == 1
-        ):
-            whole = concat([row for row in rows if row is not None], 0)
+        whole = _joined({row: _joined(parts, 1) for row, parts in boxes.items()}, 0)
         if whole is None or whole.shape != shape:
             raise ValueError(f"{directory}: the chunks of {key} do not make up its shape {shape}")
         return whole
@@ -127,13 +119,13 @@ class DistCheckpoint(MegatronCheckpoint):
         return self._files[chunk.path]
 
 
-def _row(boxes: dict[int, View]) -> View | None:
-    """Return boxes side by side, by their first column; None unless they are of one height and leave no gap."""
-    parts = [boxes[start] for start in sorted(boxes)]
-    widths = [part.shape[1] if len(part.shape) > 1 else 0 for part in parts]
-    if len({part.shape[0] for part in parts}) > 1 or np.cumsum([0, *widths])[:-1].tolist() != sorted(boxes):
-        return None
-    return concat(parts, 1)
+def _joined(parts: Mapping[int, View | None], axis: int) -> View | None:
+    """Return views as one, by where they begin along `axis`; None unless all fit together and leave no gap."""
+    starts = sorted(parts)
+    found = [part for start in starts if (part := parts[start]) is not None]
+    ends = itertools.accumulate(math.prod(part.shape[axis : axis + 1]) for part in found)
+    across = {part.shape[:axis] + part.shape[axis + 1 :] for part in found}
+    return concat(found, axis) if len(across) == 1 and [0, *ends][:-1] == starts else None
 
 
 def _read_args(directory: Path, entries: dict[str, Entry]) -> Namespace:
