@@ -1,11 +1,9 @@
 """What every format checks of the tensors that it finds."""
 
-import dataclasses
 import itertools
 from collections.abc import Collection, Iterable
 
-from megatron.pruning.model.config import LlamaConfig
-from megatron.pruning.storage.views import Stored, View, equal
+from megatron.pruning.storage.views import Stored, View
 
 
 def check_tensor(where: str, key: str, view: View, expected: tuple[int, ...]) -> None:
@@ -24,23 +22,6 @@ def check_apart(tensors: Iterable[tuple[str, View]]) -> None:
     for before, after in itertools.pairwise(sorted(places)):
         if before[0] == after[0] and after[1] < before[2]:
             raise ValueError(f"{before[0]}: {before[3]} and {after[3]} share bytes from {after[1]} on")
-
-
-def ties[K](config: LlamaConfig, found: dict[K, View], embedding: K, head: K) -> LlamaConfig:
-    """Return the config as the two matrices say, and leave in `found` what it needs of them.
-
-    A model that calls itself tied has one of them, under either name, or both with the same values. With others it is
-    not tied, whatever it says: none of them is dropped.
-    """
-    if not config.tied or head not in found:
-        return config
-    if embedding not in found:
-        found[embedding] = found.pop(head)
-    elif not equal(found[embedding], found[head]):
-        return dataclasses.replace(config, tied=False)
-    else:
-        del found[head]
-    return config
 
 
 def check_keys(where: str, found: set[str], expected: set[str]) -> None:

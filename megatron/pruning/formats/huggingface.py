@@ -1,11 +1,12 @@
 """Hugging Face checkpoints: a directory of config.json, safetensors (or the older pytorch_model .bin) and tokenizer."""
 
+import dataclasses
 import re
 import reprlib
 from pathlib import Path
 from typing import Any
 
-from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor, ties
+from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor
 from megatron.pruning.formats.format import SHARD_BYTES, Format, Output, SaveOptions, in_shards
 from megatron.pruning.model.checkpoint import Checkpoint, carried_files_of
 from megatron.pruning.model.config import LlamaConfig
@@ -15,11 +16,10 @@ from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.safetensors_file import SafetensorsFile, read_safetensors
 from megatron.pruning.storage.small_files import as_json, parse_json, read_small
 from megatron.pruning.storage.source_file import File
-from megatron.pruning.storage.views import Stored, View, cast
+from megatron.pruning.storage.views import Stored, View, cast, equal
 
 CONFIG_FILE = "config.json"
 _WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)*")  # what data parallelism and torch.compile put before a name
-EMBEDDING, HEAD = FIRST[0], LAST[-1]
 _MAX_JSON_BYTES = 10_000_000  # of a config.json or an index
 
 # Buffers that old exports stored: recomputed from the config, not weights.
@@ -34,8 +34,7 @@ class HfCheckpoint(Checkpoint):
     def __init__(self, path: Path, directory: Path) -> None:
         self.path, self.root, self.tokenizer_folder = path, directory, directory
         self.files = _weight_files(path)
-        self.config = read_hf_config(path / CONFIG_FILE)
-        self.left_behind, self.declared_dtype = code_named_in(path / CONFIG_FILE), dtype_of(path / CONFIG_FILE)
+        self.config, self.left_behind, self.declared_dtype = read_hf_config(path / CONFIG_FILE)
         self._stored: dict[str, View] = {}
         for file in self.files:
             read = read_safetensors if file.suffix == ".safetensors" else _read_bin
@@ -44,8 +43,24 @@ class HfCheckpoint(Checkpoint):
                 if key in self._stored:
                     raise ValueError(f"{key} is in {next(self._stored[key].sources()).path} and again in {file}")
                 self._stored[key] = tensor
-        self.config = ties(self.config, self._stored, EMBEDDING.hf_key(None), HEAD.hf_key(None))
+        self._tie()
         self._check()
+
+    def _tie(self) -> None:
+        """Keep of the embedding and the output layer what the config needs, or change what it says.
+
+        A model that calls itself tied has one of them, under either name, or both with the same values. With others it
+        is not tied, whatever it says: none of them is dropped.
+        """
+        embedding, head = FIRST[0].hf_key(None), LAST[-1].hf_key(None)
+        if not self.config.tied or head not in self._stored:
+            return
+        if embedding not in self._stored:
+            self._stored[embedding] = self._stored.pop(head)
+        elif equal(self._stored[embedding], self._stored[head]):
+            del self._stored[head]
+        else:
+            self.config = dataclasses.replace(self.config, tied=False)
 
     def _check(self) -> None:
         rows = all_weights(self.config.num_layers, self.config.tied, self.config.features)
@@ -62,21 +77,16 @@ class HfCheckpoint(Checkpoint):
         return carried_files_of(self.path)
 
 
-def read_hf_config(path: Path) -> LlamaConfig:
-    """Read a config.json. Raises ValueError when it is not JSON or not a Llama's."""
-    return config_from_hf(_read_json(path), str(path))
+def read_hf_config(path: Path) -> tuple[LlamaConfig, tuple[str, ...], str | None]:
+    """Read a config.json: return the config, the settings that would have a reader run code, and the dtype.
 
-
-def code_named_in(path: Path) -> tuple[str, ...]:
-    """Return the settings of a config.json that would have a reader run code."""
-    return tuple(name for name in RUNS_CODE if _read_json(path).get(name) is not None)
-
-
-def dtype_of(path: Path) -> str | None:
-    """Return the dtype that a config.json declares, None where it is not said, or not one of Llama's."""
+    The dtype is None where it is not said, or not one of Llama's. Raises ValueError when the file is not JSON or not a
+    Llama's.
+    """
     raw = _read_json(path)
     said = raw.get("dtype") or raw.get("torch_dtype")
-    return next((ours for ours, theirs in TORCH_NAMES.items() if said == theirs), None)
+    dtype = next((ours for ours, theirs in TORCH_NAMES.items() if said == theirs), None)
+    return config_from_hf(raw, str(path)), tuple(name for name in RUNS_CODE if raw.get(name) is not None), dtype
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor
-from megatron.pruning.formats.huggingface import CONFIG_FILE, code_named_in, dtype_of, read_hf_config
+from megatron.pruning.formats.huggingface import CONFIG_FILE, read_hf_config
 from megatron.pruning.model.axes import BLOCKS, axes_of
 from megatron.pruning.model.checkpoint import Checkpoint, carried_files_of
 from megatron.pruning.model.config import LlamaConfig
@@ -144,8 +144,7 @@ class MegatronCheckpoint(Checkpoint):
         carried = self.root / HF_FILES / CONFIG_FILE
         self.vocab_is_known = bool(getattr(self.args, "vocab_size", None)) or carried.is_file()
         if carried.is_file():
-            hf, self.left_behind = read_hf_config(carried), code_named_in(carried)
-            self.declared_dtype = dtype_of(carried)
+            hf, self.left_behind, self.declared_dtype = read_hf_config(carried)
             vocab = config.vocab_size if getattr(self.args, "vocab_size", None) else hf.vocab_size
             config = dataclasses.replace(config, vocab_size=vocab)
             if hf.features == config.features:  # the arguments do not tell families apart that have the same rows
