@@ -31,9 +31,10 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
     for format in FORMATS.values():
         if (directory := format.detect(path, iteration)) is not None:
             return format.open(path, directory)
+    for pattern, said in _NOT_READ.items():
+        if any(path.glob(pattern)):
+            raise ValueError(f"--load {path} {said}")
     formats = {mark: [f.name for f in FORMATS.values() if f.mark == mark] for mark in _marks()}
-    if (other := _format_that_is_not_read(path)) is not None:
-        raise ValueError(f"--load {path} {other}")
     known = " nor a ".join(f"{mark} ({', '.join(names)})" for mark, names in formats.items())
     raise ValueError(f"--load {path} is not a checkpoint: it has neither a {known}")
 
@@ -47,10 +48,6 @@ _NOT_READ = {
     "*/.zarray": "is a zarr checkpoint, which is not read: load it with Megatron and save it as torch_dist",
     "*/*/.zarray": "is a zarr checkpoint, which is not read: load it with Megatron and save it as torch_dist",
 }
-
-
-def _format_that_is_not_read(path: Path) -> str | None:
-    return next((said for pattern, said in _NOT_READ.items() if next(path.glob(pattern), None)), None)
 
 
 def check_target(path: Path, overwrite: bool) -> None:

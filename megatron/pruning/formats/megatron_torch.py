@@ -243,9 +243,9 @@ class TorchFile(OutputFile):
 
 def _detect(path: Path, iteration: int | None) -> Path | None:
     directory = find_iteration(path, iteration)
-    if directory is not None and next(directory.glob("*/.zarray"), None):
+    if directory is None or (directory / METADATA).is_file() or any(directory.glob("*/.zarray")):
         return None
-    return None if directory is None or (directory / METADATA).is_file() else directory
+    return directory
 
 
 SUMMARY = "Megatron-LM's mp_rank_TT[_PPP] shards"
