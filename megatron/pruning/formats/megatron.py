@@ -21,7 +21,7 @@ from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.hf_config import config_to_hf
 from megatron.pruning.model.layout import Layout, fuse, fused_shape, pad_rows, unfuse
 from megatron.pruning.model.megatron_args import config_from_args, config_to_command_line
-from megatron.pruning.model.weights import FIRST, LAST, TABLE, WeightRow, layer_weights, split_dim
+from megatron.pruning.model.weights import FIRST, LAST, TABLE, WeightRow, all_weights, split_dim
 from megatron.pruning.storage.dcp_file import METADATA
 from megatron.pruning.storage.small_files import as_json, read_small
 from megatron.pruning.storage.views import View, cast, concat, equal, read_all, take
@@ -183,14 +183,9 @@ class MegatronCheckpoint(Checkpoint):
         """Raise ValueError unless every weight is there, on all ranks, in the shape that config and ranks imply."""
         self._tie()
         where, config = str(self.path), self.config
-        expected = {
-            (name, layer)
-            for name, rows in FUSED.items()
-            for layer in (range(config.num_layers) if rows[0].per_layer else (None,))
-            if not (config.tied and name == "output_layer")
-            if rows[0].feature is None or rows[0].feature in config.features
-        }
-        check_keys(where, {full_key(*key) for key in self.shards}, {full_key(*key) for key in expected})
+        expected = all_weights(config.num_layers, config.tied, config.features)
+        keys = {full_key(weight.megatron, layer) for weight, layer in expected}
+        check_keys(where, {full_key(*key) for key in self.shards}, keys)
         check_apart((full_key(*key), shard) for key, shards in self.shards.items() for shard in shards)
         ranks = max(len(shards) for shards in self.shards.values())
         for key, shards in self.shards.items():
@@ -258,16 +253,15 @@ def _check_replicas(where: str, key: str, shards: Sequence[View]) -> None:
 
 def rank_views(checkpoint: Checkpoint, layout: Layout, t: int, p: int) -> dict[tuple[str, int | None], View]:
     """Return what model rank (`t`, `p`) holds, by (Megatron name, global layer), in the order of the forward pass."""
-    tied, rows = checkpoint.config.tied, layer_weights(checkpoint.config.features)
-    keys: list[tuple[str, int | None]] = []
-    if p == 0:
-        keys += [(weight.megatron, None) for weight in FIRST]
-    for layer in layout.layers_of_stage(checkpoint.config.num_layers, p):
-        keys += [(name, layer) for name in dict.fromkeys(weight.megatron for weight in rows)]
-    if p == layout.pipeline - 1:
-        keys += [(weight.megatron, None) for weight in LAST if not (tied and weight.name == "lm_head")]
-    views = {key: _rank_view(checkpoint, *key, layout, t) for key in keys}
-    if tied and p == layout.pipeline - 1 and p > 0:  # the last stage needs its own copy
+    config, is_last = checkpoint.config, p == layout.pipeline - 1
+    stage = layout.layers_of_stage(config.num_layers, p)
+    views = {}
+    for weight, layer in all_weights(config.num_layers, config.tied, config.features):
+        key = weight.megatron, layer
+        here = layer in stage if layer is not None else (p == 0 if weight in FIRST else is_last)
+        if here and key not in views:
+            views[key] = _rank_view(checkpoint, *key, layout, t)
+    if config.tied and is_last and p > 0:  # the last stage needs its own copy
         views["output_layer", None] = _rank_view(checkpoint, FIRST[0].megatron, None, layout, t)
     return views
 

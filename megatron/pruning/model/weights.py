@@ -71,8 +71,7 @@ LAST = TABLE[TABLE.index(LAYER[-1]) + 1 :]
 
 def split_dim(weight: WeightRow) -> int | None:
     """Return the dim along which tensor parallelism splits `weight`, None if every rank holds all of it."""
-    split = [i for i, dim in enumerate(weight.dims) if AXIS[axes_of(dim)[0]].split]
-    return split[0] if split else None
+    return next((i for i, dim in enumerate(weight.dims) if AXIS[axes_of(dim)[0]].split), None)
 
 
 def weight_shape(weight: WeightRow, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -80,16 +79,12 @@ def weight_shape(weight: WeightRow, sizes: Mapping[str, int]) -> tuple[int, ...]
     return tuple(math.prod(sizes[axis] for axis in axes_of(dim)) for dim in weight.dims)
 
 
-def layer_weights(features: frozenset[str]) -> list[WeightRow]:
-    """Return the rows of one layer of a model with these features."""
-    return [weight for weight in LAYER if weight.feature is None or weight.feature in features]
-
-
 def all_weights(layers: int, tied: bool, features: frozenset[str] = frozenset()) -> list[tuple[WeightRow, int | None]]:
     """Return every (weight, layer) of a model in the order of the forward pass; a tied output layer is left out."""
+    rows = [weight for weight in LAYER if weight.feature is None or weight.feature in features]
     return [
         *((weight, None) for weight in FIRST),
-        *((weight, layer) for layer in range(layers) for weight in layer_weights(features)),
+        *((weight, layer) for layer in range(layers) for weight in rows),
         *((weight, None) for weight in LAST if not (tied and weight.name == "lm_head")),
     ]
 
