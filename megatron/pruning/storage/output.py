@@ -5,7 +5,6 @@ import errno
 import fcntl
 import glob
 import os
-import secrets
 import shutil
 import sys
 from abc import ABC, abstractmethod
@@ -17,7 +16,7 @@ from megatron.pruning.storage.direct_write import UNSUPPORTED, Segment, fill, fi
 from megatron.pruning.storage.manifest import MANIFEST, Digest, manifest_bytes, read_manifest
 from megatron.pruning.storage.processes import World
 from megatron.pruning.storage.progress import Progress
-from megatron.pruning.storage.small_files import write_durably
+from megatron.pruning.storage.small_files import new_beside, write_durably
 from megatron.pruning.storage.views import View
 
 
@@ -144,7 +143,7 @@ def _building(path: Path, need: int, check: Callable[[], None], world: World) ->
                 raise ValueError(
                     f"--save {path} needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
                 )
-            made = _make_aside(path, "partial")
+            made = new_beside(path, "partial", Path.mkdir)
             hold = _hold(made, tell=True)
         partial = path.with_name(world.share(made.name if made else ""))
         yield partial
@@ -170,15 +169,6 @@ def _make_parents(path: Path) -> list[Path]:
     missing = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     return missing
-
-
-def _make_aside(path: Path, what: str) -> Path:
-    """Make a directory beside `path` that was not there before."""
-    while True:
-        aside = path.with_name(f".{path.name}.{what}-{secrets.token_hex(4)}")
-        with contextlib.suppress(FileExistsError):
-            aside.mkdir()
-            return aside
 
 
 def _hold(directory: Path, tell: bool = False) -> int:
@@ -258,7 +248,7 @@ def _replace(partial: Path, path: Path, seen: os.stat_result) -> Path:
             _renameat2(partial, path, _EXCHANGE)
             raise ValueError(f"--save {path}: another run has put its own checkpoint there meanwhile")
         return partial
-    old = _make_aside(path, "replaced")
+    old = new_beside(path, "replaced", Path.mkdir)
     path.rename(old)
     try:
         if not os.path.samestat(old.lstat(), seen):

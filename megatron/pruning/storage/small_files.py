@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +101,18 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def new_beside(path: Path, what: str, make: Callable[[Path], None]) -> Path:
+    """Make something beside `path` that was not there before, with `what` it is in its name."""
+    while True:
+        aside = path.with_name(f".{path.name}.{what}-{secrets.token_hex(4)}")
+        with contextlib.suppress(FileExistsError):
+            make(aside)
+            return aside
+
+
 def new_file_beside(path: Path) -> Path:
     """Make an empty file, which was not there before, beside `path`: to be written, and renamed to it when whole."""
-    while True:
-        aside = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-        with contextlib.suppress(FileExistsError):
-            aside.touch(exist_ok=False)
-            return aside
+    return new_beside(path, "partial", lambda aside: aside.touch(exist_ok=False))
 
 
 def replace_durably(path: Path, content: bytes) -> None:
