@@ -101,7 +101,7 @@ def test_torch_and_zip_find_rank_files_whole(gqa: Path, tmp_path: Path) -> None:
 
 def test_zip_finds_every_entry_of_torch_dist_whole(gqa: Path, tmp_path: Path) -> None:
     release = convert(gqa, tmp_path / "m", format="torch_dist") / "release"
-    chunks = [chunk for entry in read_metadata(release).values() for chunk in entry.chunks]
+    chunks = [chunk for entry in read_metadata(release).values() for chunk in entry.chunks.values()]
     assert len(chunks) > 30
     for chunk in chunks:
         raw = chunk.path.read_bytes()[chunk.start : chunk.start + chunk.length]

@@ -93,7 +93,7 @@ class DistCheckpoint(MegatronCheckpoint):
     def _assemble(self, directory: Path, key: str, entry: Entry, layer: int | None) -> View:
         """Return a tensor, or one layer of a stacked one, from the chunks that tile it."""
         boxes: dict[int, dict[int, View]] = {}  # first row -> first column -> view
-        for chunk in entry.chunks:
+        for chunk in entry.chunks.values():
             if len(chunk.sizes) != len(entry.shape or ()):
                 raise ValueError(f"{directory}: {key} has a chunk of shape {chunk.sizes} in a tensor of {entry.shape}")
             offsets, inside = chunk.offsets, None
@@ -133,7 +133,7 @@ def _read_args(directory: Path, entries: dict[str, Entry]) -> Namespace:
     if (directory / COMMON).is_file():
         common = load_torch(Window(File(directory / COMMON)))
     elif (entry := entries.get("common_state/shard_0_1")) and entry.chunks:
-        common = load_object(entry.chunks[0])
+        common = load_object(next(iter(entry.chunks.values())))
     if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
         raise ValueError(f"{directory} carries no Megatron arguments, so the model's shape is unknown")
     args: Namespace = common["args"]

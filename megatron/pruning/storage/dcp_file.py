@@ -7,7 +7,7 @@ read as torch_reader.py reads those.
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor or bytes object: its shape and dtype (None: bytes) and its chunks."""
+    """A tensor or bytes object: its shape and dtype (None: bytes), and its chunks by their offsets."""
 
     shape: tuple[int, ...] | None
     dtype: str | None
-    chunks: tuple[Chunk, ...]
+    chunks: dict[tuple[int, ...], Chunk] = field(default_factory=dict)
 
 
 def read_metadata(directory: Path) -> dict[str, Entry]:
@@ -55,32 +55,31 @@ def read_metadata(directory: Path) -> dict[str, Entry]:
 
 
 def _entries(directory: Path, content: Record) -> dict[str, Entry]:
-    shapes: dict[str, tuple[int, ...] | None] = {}
-    dtypes, sizes = {}, {}
+    entries: dict[str, Entry] = {}
+    sizes = {}
     for name, entry in content["state_dict_metadata"].items():
         is_tensor = isinstance(entry.state, dict) and "chunks" in entry.state
-        shapes[name] = _numbers(entry["size"]) if is_tensor else None
-        dtypes[name] = _dtype(entry["properties"]) if is_tensor else None
+        entries[name] = Entry(_numbers(entry["size"]), _dtype(entry["properties"])) if is_tensor else Entry(None, None)
         for chunk in entry["chunks"] if is_tensor else ():
             offsets, box = _numbers(chunk["offsets"]), _numbers(chunk["sizes"])
-            if not len(offsets) == len(box) == len(shapes[name] or ()):
-                raise ValueError(f"{name} of shape {shapes[name]} has a chunk at {offsets} of {box}")
+            if not len(offsets) == len(box) == len(entries[name].shape or ()):
+                raise ValueError(f"{name} of shape {entries[name].shape} has a chunk at {offsets} of {box}")
             sizes[name, offsets] = box
-    chunks: dict[str, dict[tuple[int, ...], Chunk]] = {name: {} for name in shapes}
     places: list[tuple[str, int, int, str]] = []
     for index, place in content["storage_data"].items():
         name, offsets, file = index["fqn"], _numbers(index.state.get("offset") or ()), place["relative_path"]
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"it names {file}, outside its own directory")
         start, length = _numbers((place["offset"], place["length"]))
-        if name not in chunks or offsets in chunks[name]:
+        if name not in entries or offsets in entries[name].chunks:
             raise ValueError(f"it places {name} at {offsets} twice, or without saying what it is")
-        chunks[name][offsets] = Chunk(directory / file, start, length, offsets, sizes.get((name, offsets), ()))
+        box = sizes.get((name, offsets), ())
+        entries[name].chunks[offsets] = Chunk(directory / file, start, length, offsets, box)
         places.append((file, start, start + length, name))
     for before, after in itertools.pairwise(sorted(places)):
         if before[0] == after[0] and after[1] < before[2]:
             raise ValueError(f"{before[3]} and {after[3]} share bytes of {after[0]} from {after[1]} on")
-    return {name: Entry(shape, dtypes[name], tuple(chunks[name].values())) for name, shape in shapes.items()}
+    return entries
 
 
 def _dtype(properties: Record) -> str | None:

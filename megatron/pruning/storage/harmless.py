@@ -53,7 +53,7 @@ def require_harmless(folder: Path) -> None:
         _check(folder / METADATA, read_small(folder / METADATA, MAX_HEADER_BYTES))
         for name, entry in read_metadata(folder).items():
             if entry.shape is None or _EXTRA_STATE in name:  # tensors are never unpickled: torch reads their bytes
-                for chunk in entry.chunks:
+                for chunk in entry.chunks.values():
                     if not chunk.path.is_file():
                         raise ValueError(f"{folder / METADATA} names {chunk.path.name}, which is not there")
                     _check_saved(Window(File(chunk.path), chunk.start, chunk.length), name)
