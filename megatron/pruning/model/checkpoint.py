@@ -12,7 +12,6 @@ import numpy as np
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.weights import WeightRow, all_weights
-from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.small_files import as_json, read_small
 from megatron.pruning.storage.views import View
 
@@ -85,7 +84,7 @@ class Checkpoint(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of all logical weights."""
-        return sum(int(np.prod(view.shape)) * BYTES[view.dtype] for _, _, view in self.weights())
+        return sum(view.nbytes for _, _, view in self.weights())
 
     def __str__(self) -> str:
         where = f" {self.layout}" if self.layout else ""

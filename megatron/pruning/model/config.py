@@ -83,12 +83,11 @@ class LlamaConfig:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
                 raise ValueError(f"{name} is {reprlib.repr(value)}: it must be a whole number from 1 to {limit}")
-        scaling = {f"rope_scaling.{name}": value for name, value in (self.rope_scaling or {}).items()}
         for name, most in {"norm_epsilon": 1.0, "rope_theta": LARGEST_CONSTANT}.items():
             _check_constant(name, getattr(self, name), most)
-        for name, value in scaling.items():
-            if name.endswith(".factor") or not isinstance(value, str | None | list):  # some are words, or lists
-                _check_constant(name, value, LARGEST_CONSTANT)
+        for name, value in (self.rope_scaling or {}).items():
+            if name == "factor" or not isinstance(value, str | None | list):  # some are words, or lists
+                _check_constant(f"rope_scaling.{name}", value, LARGEST_CONSTANT)
         if not isinstance(self.tied, bool):
             raise ValueError(f"tie_word_embeddings is {reprlib.repr(self.tied)}: it must be true or false")
         if self.num_attention_heads * self.head_dim > 1 << 24:

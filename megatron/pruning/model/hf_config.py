@@ -105,9 +105,8 @@ def _rope(hf: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | None
 
 def config_to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     """Return the config.json, in the names that transformers 4 and 5 (and vLLM) both read."""
-    architecture = FAMILIES[config.family].architecture
     return {
-        "architectures": [architecture],
+        "architectures": [FAMILIES[config.family].architecture],
         "model_type": config.family,
         "hidden_act": "silu",
         **config.other,

@@ -97,11 +97,10 @@ def unfused_layers(config: GPTModelConfig, vp_stage: int | None = None) -> Trans
         qk_layernorm=transformer.qk_layernorm,
         normalization=transformer.normalization,
     )
-    norm = layer.submodules.input_layernorm
     if transformer.normalization == "RMSNorm":
-        norm = layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalRMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalRMSNorm
     count = get_num_layers_to_build(transformer, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=layer.submodules.input_layernorm)
 
 
 def gpt_config(args: argparse.Namespace) -> GPTModelConfig:
