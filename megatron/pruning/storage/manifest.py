@@ -63,8 +63,6 @@ def read_manifest(path: Path) -> dict[str, Digest]:
     content = parse_as(_Manifest, read_small(path, _LARGEST), what)
     if content.format != FORMAT:
         raise ValueError(f"{what}: it has format {content.format}, this program reads {FORMAT}")
-    if not content.files:
-        raise ValueError(f"{what}: it names no file")
     for name in content.files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{what}: it names {name}, outside its own directory")
@@ -88,7 +86,10 @@ def verify(directory: Path) -> list[str]:
     Files that it does not name are left alone. Raises ValueError without a valid manifest.
     """
     problems = []
-    for name, wanted in read_manifest(directory / MANIFEST).items():
+    files = read_manifest(directory / MANIFEST)
+    if not files:  # as a process's own part of it may, but no checkpoint's
+        raise ValueError(f"{directory / MANIFEST} is not a manifest: it names no file")
+    for name, wanted in files.items():
         path = directory / name
         if not path.is_file():
             problems.append(f"{path} is missing")
