@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import fingerprint
 from megatron.pruning.plan.scores import Facts, Scores, read, shapes, write
+from megatron.pruning.training import scoring
 from megatron.pruning.training.tokens import windows
 
 LENGTH, SEQUENCES, LAYERS, LOSSES = 24, 5, 4, 3
@@ -54,6 +56,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top
 
 
+def added(linear: torch.nn.Linear, inputs: torch.Tensor, units: int) -> torch.Tensor:
+    """Return the sum over tokens of the squares of what a linear adds for each of some equal blocks of its inputs."""
+    blocks = torch.arange(units).repeat_interleave(inputs.shape[1] // units)
+    parts = [inputs[:, blocks == unit] @ linear.weight[:, blocks == unit].T for unit in range(units)]
+    return torch.stack([part.square().sum() for part in parts]).detach()
+
+
+def add_contributions(sums: dict, i: int, config: Any, layer: torch.nn.Module, seen: dict) -> None:
+    """Add what each ffn channel, head and query group of layer `i` has added."""
+    o, heads = layer.self_attn.o_proj, seen[f"heads{i}"]
+    sums["added_by_ffn"][i] += added(layer.mlp.down_proj, seen[f"ffn{i}"], config.intermediate_size)
+    sums["added_by_heads"][i] += added(o, heads, config.num_attention_heads)
+    sums["added_by_groups"][i] += added(o, heads, config.num_key_value_heads)
+
+
 def reference(model: Path, tokens: np.ndarray) -> dict[str, torch.Tensor]:
     """Return the sums of plan/scores.py, from the definitions in its docstring, one sequence at a time."""
     llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
@@ -82,6 +99,7 @@ def reference(model: Path, tokens: np.ndarray) -> dict[str, torch.Tensor]:
                 sums["norm_outputs"][i] += seen[f"out{i}"].abs().mean(0) ** 2
         for i in range(LAYERS):
             sums["ffn"][i] += seen[f"ffn{i}"].abs().mean(0) ** 2
+            add_contributions(sums, i, config, llama.model.layers[i], seen)
             channels = seen[f"heads{i}"].abs().mean(0) ** 2
             sums["heads"][i] += channels.view(config.num_attention_heads, -1).sum(1)
         states = [seen[f"in{2 * i}"] for i in range(LAYERS + 1)]
@@ -288,8 +306,8 @@ class FakeRecorder:
 def test_an_interrupted_run_goes_on_where_it_was(
     gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(score_importance, "from_first", lambda value: value)
-    monkeypatch.setattr(score_importance, "SAVE_SECONDS", 0.0)  # after every sequence
+    monkeypatch.setattr(scoring, "from_first", lambda value: value)
+    monkeypatch.setattr(scoring, "SAVE_SECONDS", 0.0)  # after every sequence
     text = np.tile(np.arange(6)[:, None], 5)
     sizes = synthetic(gqa).facts.sizes
     empty = synthetic(
@@ -298,16 +316,16 @@ def test_an_interrupted_run_goes_on_where_it_was(
     FakeRecorder.sizes = dict(sizes)
     save = tmp_path / "s"
     with pytest.raises(KeyboardInterrupt):
-        score_importance.score(save, empty, FakeRecorder(stop_at=4), text, 1, 0)
+        scoring.score(save, empty, FakeRecorder(stop_at=4), text, 1, 0)
     assert not save.exists() and read(tmp_path / ".s.partial").facts.sequences == 4
-    score_importance.score(save, empty, FakeRecorder(stop_at=3), text, 1, 0)  # would stop, did it begin again
+    scoring.score(save, empty, FakeRecorder(stop_at=3), text, 1, 0)  # would stop, did it begin again
     assert "going on after 4 of 6 sequences" in capsys.readouterr().out
     assert read(save).facts.sequences == 6 and not (tmp_path / ".s.partial").exists()
     assert all((array == 111111).all() for array in read(save).sums.values())
 
     (tmp_path / ".s.partial").write_bytes(save.read_bytes())
     other = dataclasses.replace(empty, facts=msgspec.structs.replace(empty.facts, text="another"))
-    score_importance.score(save, other, FakeRecorder(stop_at=None), text, 1, 0)
+    scoring.score(save, other, FakeRecorder(stop_at=None), text, 1, 0)
     assert "starting over" in capsys.readouterr().err
 
 

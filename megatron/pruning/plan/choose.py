@@ -43,6 +43,12 @@ def activation(_: Checkpoint, seed: int, scores: Scores | None) -> AxisScores:
     return scores.activations
 
 
+def contribution(_: Checkpoint, seed: int, scores: Scores | None) -> AxisScores:
+    """Return the scores of what each head, query group or ffn channel added when the model read text."""
+    assert scores is not None
+    return scores.contributions
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A way to score the indices of the axes: `of(parent, seed, scores)` gives the scores by axis and layer.
@@ -61,6 +67,11 @@ CRITERIA: dict[str, Criterion] = {
     "random": Criterion("a random choice", random, seeded=True),
     "magnitude": Criterion("the largest L2 norm of all weights that an index touches", magnitude),
     "activation": Criterion("the largest activations in --scores", activation, needs_scores=True),
+    "contribution": Criterion(
+        "what adds most to the hidden states, in --scores; hidden channels as by activation",
+        contribution,
+        needs_scores=True,
+    ),
 }
 
 

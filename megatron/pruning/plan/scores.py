@@ -7,11 +7,15 @@ runs, and are the same for every layout within rounding. With A[b, c] the mean o
     norm_inputs     [2 * layers + 1, hidden]      sum over tokens of x^2, before those norms and the final one
     heads           [layers, heads]               sum over sequences and head_dim of A^2, of the input of o_proj
     ffn             [layers, ffn]                 sum over sequences of A^2, of the input of down_proj
+    added_by_heads  [layers, heads]               sum over tokens of |what o_proj adds for this head|^2
+    added_by_groups [layers, groups]              the same, for all heads of a query group together
+    added_by_ffn    [layers, ffn]                 sum over tokens of |what down_proj adds for this channel|^2
     layer_cosines   [layers + 1, layers + 1]      sum over positions of cos(x_i, x_j); x_i enters layer i
     layer_losses    [layers + 1]                  sum over tokens of the loss without layer i; last: with all
 
-The score of an index is sqrt(sum_b A^2), the aggregation "batch L2, sequence mean" that did best in Minitron (arXiv
-2407.14679, table 11); block influence is 1 - mean cos(x_i, x_i+1) (ShortGPT, arXiv 2403.03853).
+The activation score of an index is sqrt(sum_b A^2), the aggregation "batch L2, sequence mean" that did best in Minitron
+(arXiv 2407.14679, table 11), its contribution the root of what it adds; block influence is 1 - mean cos(x_i, x_i+1)
+(ShortGPT, arXiv 2403.03853).
 """
 
 import dataclasses
@@ -25,10 +29,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.pruning.model.axes import AXIS, PRUNABLE
+from megatron.pruning.model.axes import AXIS, PER_LAYER, PRUNABLE
 from megatron.pruning.storage.small_files import parse_as, write_durably
 
-VERSION = 2  # 1 knew its model by one row of each weight
+VERSION = 3  # 1 knew its model by one row of each weight, 2 had no contributions
 OTHER_MODEL = "the same shape, other weights or another dtype"
 _FACTS = "calibration"  # the key that the file's metadata has for them, a part of the format
 
@@ -46,6 +50,7 @@ def shapes(sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         "norm_inputs": (2 * layers + 1, sizes["hidden"]),
         "heads": (layers, sizes["heads"]),
         "ffn": (layers, sizes["ffn"]),
+        **{f"added_by_{axis}": (layers, sizes[axis]) for axis in PER_LAYER},
         "layer_cosines": (layers + 1, layers + 1),
         "layer_losses": (layers + 1,),
     }
@@ -125,6 +130,13 @@ class Scores:
         per_layer = {"heads": self.sums["heads"], "ffn": self.sums["ffn"], "groups": groups}
         hidden = np.sqrt(self.sums["norm_outputs"]).sum(axis=0)
         return lambda axis, layer: hidden if axis == "hidden" else np.sqrt(per_layer[axis][layer])
+
+    @property
+    def contributions(self) -> AxisScores:
+        """Return by axis and layer the root of what each index adds; of the hidden size, the activation scores."""
+        return lambda axis, layer: (
+            self.activations(axis, layer) if axis == "hidden" else np.sqrt(self.sums[f"added_by_{axis}"][layer])
+        )
 
     def norm_gains(self, layers: NDArray[np.intp], hidden: NDArray[np.intp]) -> tuple[float, ...]:
         """Return by what to multiply the gains of each kept layer's two norms and of the final one.

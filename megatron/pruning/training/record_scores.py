@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from megatron.pruning.model.axes import AXES
+from megatron.pruning.model.axes import AXES, PER_LAYER
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.scores import Sums
@@ -20,7 +20,7 @@ from megatron.pruning.plan.scores import Sums
 POSITIONS = 512  # of a sequence, at most, at which layers are compared
 
 # Arrays of an axis that tensor parallelism splits: each rank has its block of columns.
-_SPLIT = tuple(axis.name for axis in AXES if axis.split)
+_SPLIT = tuple(name for axis in AXES if axis.split for name in (axis.name, f"added_by_{axis.name}"))
 
 
 class Recorder:
@@ -51,6 +51,7 @@ class Recorder:
             "norm_inputs": (2 * count + self.last, self.config.hidden_size),
             "heads": (count, self.config.num_attention_heads // tensor),
             "ffn": (count, self.config.ffn_hidden_size // tensor),
+            **{f"added_by_{axis}": (count, self.config.sizes[axis] // tensor) for axis in PER_LAYER},
         }
         if self.last:
             shapes |= {"layer_cosines": (total + 1, total + 1), "layer_losses": (total + 1,), "loss": (1,)}
@@ -98,6 +99,10 @@ class Recorder:
             if self.watching:
                 units = self.sums[name].shape[1]
                 self.sums[name][row] += _squared_mean(args[0]).view(units, -1).sum(1)
+                for axis in ("heads", "groups") if name == "heads" else (name,):
+                    self.sums[f"added_by_{axis}"][row] += _added(
+                        args[0], linear.weight, self.sums[f"added_by_{axis}"].shape[1]
+                    )
 
         return hook
 
@@ -184,3 +189,14 @@ def _combine(parts: dict[tuple[int, int, int], Sums], layout: Layout) -> Sums:
 def _squared_mean(values: torch.Tensor) -> torch.Tensor:
     """Return the square of the mean magnitude over the sequence, of `[sequence, 1, channels]`, in float64."""
     return values[:, 0].float().abs().mean(0).double().square()
+
+
+def _added(inputs: torch.Tensor, weight: torch.Tensor, units: int) -> torch.Tensor:
+    """Return for each of `units` blocks of channels the sum over tokens of |W a|^2, of the linear's inputs in it.
+
+    `inputs` are [sequence, 1, channels], `weight` is [hidden, channels]. With A the second moment of a block's inputs
+    and V that of its columns, the sum is that of A times V: no output is computed.
+    """
+    a, w = (t.flatten(0, -2).float().view(-1, units, t.shape[-1] // units).transpose(0, 1) for t in (inputs, weight))
+    added: torch.Tensor = ((a.transpose(1, 2) @ a) * (w.transpose(1, 2) @ w)).double().sum((1, 2))
+    return added
