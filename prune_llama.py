@@ -11,6 +11,9 @@
     python prune_llama.py --load DIR --save DIR --ffn_hidden_size_remain 8192 --num_layers_remain 28 \\
         --criterion activation --layer_criterion block_influence --scores DIR.scores
 
+    # with a text: score, choose, cut, and refit what remains so that it computes what the parent computed
+    python prune_llama.py --load DIR --save DIR --ffn_hidden_size_remain 8192 --reconstruct --data-path PREFIX
+
     # or only say how large: shapes are proposed; take one with --shape, or measure some with --candidates
     python prune_llama.py --load DIR --save DIR --target_params 3.4B
 
@@ -44,6 +47,7 @@ from megatron.pruning.cli.flags import (
     set_vocabulary,
 )
 from megatron.pruning.cli.pruning_flags import plan_from_flags, shapes_from_flags
+from megatron.pruning.cli.reconstruction import Reconstructor, add_reconstruction_flags, check_reconstruction_flags
 from megatron.pruning.formats import FORMATS, check_target, open_checkpoint, save_checkpoint
 from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
@@ -74,6 +78,13 @@ def parser() -> argparse.ArgumentParser:
         parser.add_argument_group("or only how large", "shapes are proposed and ranked; no _remain flags then")
     )
     add_choice_flags(parser.add_argument_group("how it is decided"))
+    group = parser.add_argument_group("reconstruction", "by a text, without training; --data-path names it")
+    group.add_argument(
+        "--reconstruct",
+        action="store_true",
+        help="refit the weights that remain on text; without --scores, score on it first and choose by contribution",
+    )
+    add_reconstruction_flags(group, "--data-path")
     add_layout_flags(parser)
     add_megatron_flags(parser)
     return parser
@@ -157,6 +168,7 @@ def layer_list(text: str) -> tuple[int, ...]:
 def main(argv: Sequence[str]) -> None:
     """Propose shapes if only a size was asked for; decide on a plan and show it; write the plan or the checkpoint."""
     args = parser().parse_args(hyphenated(argv))
+    check_reconstruction_flags(args, parser())
     if args.plan_only:
         absolute(args.save)
     else:
@@ -169,18 +181,30 @@ def main(argv: Sequence[str]) -> None:
     shapes = propose(args, parent, layout)
     if shapes and args.shape is None:
         return
-    plan = plan_from_flags(args, parent, layout, shapes[args.shape - 1] if shapes else None)
-    pruned = Pruned(parent, plan)
+    shape = shapes[args.shape - 1] if shapes else None
+    if args.reconstruct:
+        world = World.from_environment()
+        work = Reconstructor(args, args.data_path, parent, world)
+        plan = plan_from_flags(args, parent, layout, shape, work.scores)
+    else:
+        plan = plan_from_flags(args, parent, layout, shape)
+        world, work = World.from_environment(), None
 
-    world = World.from_environment()
+    model: Checkpoint = Pruned(parent, plan)
     if world.rank == 0:
-        show(args, plan, parent, pruned)
+        show(args, plan, parent, model)
         if args.plan_only:
             write_plan(args.save, plan)
     if not args.plan_only:
-        save_as_asked(pruned, args, layout, world, beside={PLAN_FILE: plan.to_json().encode()})
+        beside = {PLAN_FILE: plan.to_json().encode()}
+        if work is not None:
+            model, report = work.run(plan)
+            beside |= report
+        save_as_asked(model, args, layout, world, beside)
         if world.rank == 0 and FORMATS[args.format].sharded and plan.prune_type == UNBALANCE and layout.tensor > 1:
             print("its shards may be uneven: merge or re-split them with scripts/transfer.sh before training")
+    if work is not None:
+        work.close()
     world.leave()
 
 
@@ -223,7 +247,7 @@ def measure_candidates(args: argparse.Namespace, parent: Checkpoint, layout: Lay
     candidates.measure(shapes, absolute(args.save), args, prune)
 
 
-def show(args: argparse.Namespace, plan: Plan, parent: Checkpoint, pruned: Pruned) -> None:
+def show(args: argparse.Namespace, plan: Plan, parent: Checkpoint, pruned: Checkpoint) -> None:
     """Print what the plan does, before it is done."""
     say_source(parent)
     size = pruned.config.parameters * BYTES[args.dtype] if args.dtype else pruned.nbytes

@@ -189,6 +189,19 @@ def recovery() -> None:
     print()
 
 
+def reconstruction() -> None:
+    """Print the table of benchmarks/reconstruction.py."""
+    found = _read(RESULTS / "reconstruction.json")
+    rows = [["", *(said(word) for word in ("parameters", "English text", "Python code", "seconds"))]]
+    for name, arm in {"the parent": found["parent"], **found["arms"]}.items():
+        seconds = f"{arm['seconds']:,.0f}" if "seconds" in arm else ""
+        perplexity = (f"{arm[text]:,.1f}" for text in ("english", "code"))
+        rows.append([said(name), f"{arm['parameters'] / 1e6:.1f}M", *perplexity, seconds])
+    show(rows)
+    _caption(said(found["machine"]), found["model"])
+    print()
+
+
 def above_the_parent() -> None:
     """Print what is left above the parent's loss: of the reference's runs, and of the best here."""
     heading = ("", "tokens of recovery", "parent", "recovered", "above the parent")

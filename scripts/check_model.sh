@@ -103,10 +103,6 @@ copies=$((processes / ranks))
     die "GLOBAL_BATCH_SIZE $GLOBAL_BATCH_SIZE is not a multiple of the $copies data-parallel copies"
 [ $((MICRO_BATCH_SIZE * copies)) -le "$GLOBAL_BATCH_SIZE" ] || MICRO_BATCH_SIZE=$((GLOBAL_BATCH_SIZE / copies))
 
-# One prefix, which may hold spaces, or "weight prefix weight prefix ...".
-words() {
-    if [ -f "$1.idx" ]; then split=("$1"); else read -ra split <<<"$1"; fi
-}
 words "$DATA_PATH"
 if [ -n "$VALID_DATA_PATH" ]; then
     data=(--train-data-path "${split[@]}")

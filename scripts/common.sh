@@ -16,6 +16,11 @@ die() {
     exit 1
 }
 
+# words TEXT: set `split` to one prefix, which may hold spaces, or to those of "weight prefix weight prefix ...".
+words() {
+    if [ -f "$1.idx" ]; then split=("$1"); else read -ra split <<<"$1"; fi
+}
+
 # The number of GPUs that may be used here, 0 without any.
 count_gpus() {
     command -v nvidia-smi >/dev/null || { echo 0; return; }

@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# Prune a Llama to a smaller one. The parent is a Megatron or a Hugging Face checkpoint; no GPU is used.
+# Prune a Llama to a smaller one. The parent is a Megatron or a Hugging Face checkpoint; no GPU is needed.
 #
 #   LOAD_PATH=llama-13b-tp8 SAVE_PATH=llama-7b-tp8 TP=8 HIDDEN_SIZE_REMAIN=4096 NUM_ATTENTION_HEADS_REMAIN=32 \
 #   FFN_HIDDEN_SIZE_REMAIN=11008 DROP_LAYERS=8,13,18,23,28,31,34,36 bash scripts/prune_llama.sh
+#
+# With a text the model is scored, what is kept is chosen by that, and what remains is refitted so that it computes what
+# the parent computed, without training:
+#
+#   LOAD_PATH=llama-13b-tp8 SAVE_PATH=llama-7b-tp8 ... DATA_PATH="0.7 web_text_document 0.3 code_text_document" \
+#   GPUS_PER_NODE=8 bash scripts/prune_llama.sh
 #
 # An axis left empty stays as it is. Further flags of prune_llama.py may follow, e.g. --plan-only, --seed 7, --overwrite.
 set -euo pipefail
@@ -20,7 +26,8 @@ SAVE_PATH=${SAVE_PATH:-${RUNS:-$HERE/runs}/pruned}
 TP=${TP:-} # layout of the target; empty: the parent's
 PP=${PP:-}
 PRUNE_TYPE=${PRUNE_TYPE:-} # balance (also when empty) or unbalance
-GPUS_PER_NODE=${GPUS_PER_NODE:-1} # processes that share the writing
+DATA_PATH=${DATA_PATH:-} # text to learn from: .bin/.idx prefix, or "weight prefix weight prefix ..."; empty: only cut
+GPUS_PER_NODE=${GPUS_PER_NODE:-1} # processes that share the writing, and the text
 
 source "$HERE/scripts/common.sh"
 remain=()
@@ -32,6 +39,10 @@ remain=()
 [ -n "$PRUNE_TYPE" ] && remain+=(--prune_type "$PRUNE_TYPE")
 [ -n "$TP" ] && remain+=(--tensor-model-parallel-size "$TP")
 [ -n "$PP" ] && remain+=(--pipeline-model-parallel-size "$PP")
+if [ -n "$DATA_PATH" ]; then
+    words "$DATA_PATH"
+    remain+=(--reconstruct --data-path "${split[@]}")
+fi
 
 launch "$GPUS_PER_NODE" "$ROOT/prune_llama.py" --is_prune "${remain[@]}" \
     --load "$LOAD_PATH" --save "$SAVE_PATH" "$@"

@@ -1,7 +1,7 @@
 """What prune_llama.py's command line asks for: a request, a plan file, or shapes of a size."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron.pruning.model.axes import PRUNABLE
@@ -10,10 +10,13 @@ from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.choose import CRITERIA, LAYER_CRITERIA, Criterion, LayerCriterion
 from megatron.pruning.plan.decide import REMAIN_FLAGS, PruneRequest, decide
 from megatron.pruning.plan.plan import Plan
-from megatron.pruning.plan.scores import digest, read_for
+from megatron.pruning.plan.scores import Scores, digest, read_for
 from megatron.pruning.plan.shapes import Shape, parse_bytes, parse_count, propose
 from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.small_files import read_small
+
+# What is kept where there is evidence, unless asked for something else.
+WITH_TEXT = {"criterion": "contribution", "layer_criterion": "block_influence"}
 
 
 def request_from_flags(args: argparse.Namespace, layout: Layout, shape: Shape | None = None) -> PruneRequest:
@@ -21,20 +24,31 @@ def request_from_flags(args: argparse.Namespace, layout: Layout, shape: Shape | 
     remain = {axis: getattr(args, f"{axis}_remain") for axis in PRUNABLE}
     if shape is not None:
         remain = {axis: shape.sizes[axis] for axis in remain}
+    decided_by_text = args.reconstruct and args.plan is None
+    default = WITH_TEXT if decided_by_text else {}
     return PruneRequest(
         layout=layout,
         remain={axis: size for axis, size in remain.items() if size is not None},
         drop_layers=args.drop_layers,
         prune_type=args.prune_type,
-        criterion=args.criterion,
-        layer_criterion=args.layer_criterion,
+        criterion=args.criterion or default.get("criterion"),
+        layer_criterion=args.layer_criterion or (default.get("layer_criterion") if remain["layers"] else None),
         seed=args.seed,
-        correct_norms=args.correct_norms,
+        correct_norms=args.correct_norms or (decided_by_text and remain["hidden"] is not None),
     )
 
 
-def plan_from_flags(args: argparse.Namespace, parent: Checkpoint, layout: Layout, shape: Shape | None = None) -> Plan:
-    """Make the plan, or read and check the one that was given. Raises ValueError for every pruning that cannot be."""
+def plan_from_flags(
+    args: argparse.Namespace,
+    parent: Checkpoint,
+    layout: Layout,
+    shape: Shape | None = None,
+    record: Callable[[], Scores] | None = None,
+) -> Plan:
+    """Make the plan, or read and check the one that was given; `record` makes scores where they are needed.
+
+    Raises ValueError for every pruning that cannot be.
+    """
     request = request_from_flags(args, layout, shape)
     if args.plan is not None:
         return _read_plan(args.plan, request, parent, digest(args.scores) if args.scores else None)
@@ -46,6 +60,8 @@ def plan_from_flags(args: argparse.Namespace, parent: Checkpoint, layout: Layout
                 f"--layer-criterion {_taking(LAYER_CRITERIA)}"
             )
         scores = read_for(args.scores, fingerprint(parent), parent.path, parent.config.sizes, args.min_scores_tokens)
+    elif record is not None and request.uses_scores:
+        scores = record()
     return decide(request, parent, scores)
 
 
@@ -53,12 +69,18 @@ def _taking(criteria: Mapping[str, Criterion] | Mapping[str, LayerCriterion]) ->
     return " or ".join(name for name, criterion in criteria.items() if criterion.needs_scores)
 
 
-def _read_plan(path: Path, request: PruneRequest, parent: Checkpoint, scores: str | None) -> Plan:
-    """Read --plan. Raises ValueError where it is of another parent, or other flags contradict it."""
+def read_plan(path: Path, parent: Checkpoint) -> Plan:
+    """Read --plan. Raises ValueError where there is none, or it is of another parent."""
     if not path.is_file():
         raise ValueError(f"--plan {path} is not a file")
     plan = Plan.from_json(read_small(path).decode(errors="replace"), str(path))
     plan.check_parent(parent)
+    return plan
+
+
+def _read_plan(path: Path, request: PruneRequest, parent: Checkpoint, scores: str | None) -> Plan:
+    """Read --plan. Raises ValueError where it is of another parent, or other flags contradict it."""
+    plan = read_plan(path, parent)
     asked = {
         "seed": (request.seed, plan.evidence.seed),
         "prune_type": (request.prune_type, plan.prune_type),

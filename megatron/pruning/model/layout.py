@@ -79,9 +79,10 @@ def interleaving(part_rows: Sequence[int], units: int) -> Index:
     return np.concatenate(chunks, axis=1).ravel()
 
 
-def _units(weights: Sequence[WeightRow], sizes: Mapping[str, int]) -> int:
-    """Return how many chunks each part of a fused weight is cut into: one a query group, or one in all."""
-    return sizes["groups"] if any(axes_of(weight.dims[0])[0] == "groups" for weight in weights) else 1
+def fused_order(weights: Sequence[WeightRow], part_rows: Sequence[int], sizes: Mapping[str, int]) -> Index:
+    """Return the order of the rows of a fused weight: its parts are cut into a chunk a query group, or one in all."""
+    grouped = any(axes_of(weight.dims[0])[0] == "groups" for weight in weights)
+    return interleaving(part_rows, sizes["groups"] if grouped else 1)
 
 
 def fused_shape(weights: Sequence[WeightRow], sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -94,14 +95,13 @@ def fuse(weights: Sequence[WeightRow], parts: Sequence[View], sizes: Mapping[str
     """Return one rank's tensor from its parts. `sizes` are the axis sizes on that rank."""
     if len(parts) == 1:
         return parts[0]
-    order = interleaving([part.shape[0] for part in parts], _units(weights, sizes))
-    return take(concat(parts, 0), 0, order)
+    return take(concat(parts, 0), 0, fused_order(weights, [part.shape[0] for part in parts], sizes))
 
 
 def unfuse(weights: Sequence[WeightRow], fused: View, sizes: Mapping[str, int]) -> list[View]:
     """Return the parts of one rank's tensor; the inverse of `fuse`."""
     rows = [weight_shape(weight, sizes)[0] for weight in weights]
-    position = np.argsort(interleaving(rows, _units(weights, sizes))) if len(rows) > 1 else np.arange(rows[0])
+    position = np.argsort(fused_order(weights, rows, sizes)) if len(rows) > 1 else np.arange(rows[0])
     bounds = np.concatenate([[0], np.cumsum(rows)])
     return [take(fused, 0, position[a:b]) for a, b in itertools.pairwise(bounds)]
 

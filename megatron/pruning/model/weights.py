@@ -68,6 +68,10 @@ LAYER = tuple(weight for weight in TABLE if weight.per_layer)
 FIRST = TABLE[: TABLE.index(LAYER[0])]
 LAST = TABLE[TABLE.index(LAYER[-1]) + 1 :]
 
+# The norms, each with the weights that read what it gives; and the weights that add to the hidden states.
+READERS = {"attn_norm": ("q", "k", "v"), "mlp_norm": ("gate", "up"), "final_norm": ("lm_head",)}
+WRITERS = ("o", "down")
+
 
 def split_dim(weight: WeightRow) -> int | None:
     """Return the dim along which tensor parallelism splits `weight`, None if every rank holds all of it."""

@@ -1,13 +1,15 @@
-"""A plan as a picture: what is kept of every layer's heads and ffn and of the hidden size, at a glance."""
+"""Pictures: what a plan keeps of every layer's heads and ffn and of the hidden size; what a reconstruction mended."""
 
 from io import BytesIO
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron.pruning.plan.choose import CRITERIA
 from megatron.pruning.plan.plan import Plan
+from megatron.pruning.plan.reconstructed import Report
 
 _COLUMNS = 256  # at most: a wider axis is drawn as the share kept in each of so many bins
 
@@ -72,3 +74,43 @@ def _share(index: NDArray[np.intp], size: int) -> NDArray[np.float64]:
     kept = np.diff(np.searchsorted(index, edges))
     share: NDArray[np.float64] = kept / np.diff(edges)
     return share
+
+
+# What is read off a report together: the weights of these names, and what they are called.
+_GROUPS = {
+    "queries, keys and values": ("q", "k", "v"),
+    "hidden states after attention": ("o",),
+    "gate and up projections": ("gate", "up"),
+    "hidden states after the layer": ("down",),
+}
+
+
+def report_figure(report: Report) -> bytes:
+    """Return a PNG: what each layer's weights miss of what the parent gives on held-out text, before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    layers = sorted({weight.layer for weight in report.weights if weight.layer is not None})
+    figure, grid = plt.subplots(2, 2, figsize=(10, 6), layout="constrained", sharex=True)
+    for axes, (title, names) in zip(grid.flat, _GROUPS.items(), strict=True):
+        for after, color, label in ((False, "0.6", "cut"), (True, "tab:blue", "reconstructed")):
+            missed = [report.share_missed(layer, names, after) for layer in layers]
+            axes.plot(layers, missed, marker="o", markersize=4, color=color, label=label)
+        axes.set_title(title, fontsize=11)
+        axes.set_ylim(0, 1.1 * max(axes.get_ylim()[1], 1e-6))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    for axes in grid[1]:
+        axes.set_xlabel("layer")
+    grid[0, 0].legend()
+    losses = msgspec.structs.asdict(report.losses) if report.losses else {}
+    told = "".join(f"; {loss:.3f} ({name})" for name, loss in losses.items())
+    figure.suptitle(f"missed of what the parent has, on held-out text{told}")
+    out = BytesIO()
+    figure.savefig(out, format="png", dpi=100)
+    plt.close(figure)
+    return out.getvalue()

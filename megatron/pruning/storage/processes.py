@@ -72,6 +72,12 @@ class World:
         World.joined = True
         return World.current
 
+    def meeting_place(self) -> dict[str, Any]:
+        """Return what torch needs for these processes to meet in groups of its own; nothing for one that is alone."""
+        if self.board is None:
+            return {}
+        return {"store": self.board.store_of("torch"), "rank": self.rank, "world_size": self.size}
+
     def barrier(self) -> None:
         """Wait for every process. Raises ValueError when one of them will not come."""
         self.share("")
@@ -113,6 +119,12 @@ class _Board:
         self._thread.start()
         atexit.register(self.close)
         self._wait_for_all()
+
+    def store_of(self, name: str) -> Any:
+        """Return a part of the store that has keys of its own."""
+        from torch._C._distributed_c10d import PrefixStore
+
+        return PrefixStore(name, self._store)
 
     def close(self) -> None:
         """Stop looking: a thread that is inside of torch when the process ends would abort it."""

@@ -51,7 +51,8 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
         if query.device.type == "cpu":
             # On a CPU torch's attention is fastest with the batch outermost in memory, and its backward pass takes half
             # the time in float32 that it takes in bfloat16.
-            query, key, value = (t.float().transpose(0, 1).contiguous().transpose(0, 1) for t in (query, key, value))
+            wide = torch.promote_types(dtype, torch.float32)
+            query, key, value = (t.to(wide).transpose(0, 1).contiguous().transpose(0, 1) for t in (query, key, value))
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [batch, heads, sequence, head_dim]
         mixed = torch.nn.functional.scaled_dot_product_attention(
             query,

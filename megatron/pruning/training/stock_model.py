@@ -31,21 +31,25 @@ from megatron.pruning.training.local_layers import gpt_config
 from megatron.pruning.training.quiet import quiet_imports
 
 
-def join(layout: Layout) -> None:
+def join(layout: Layout, world: processes.World | None = None) -> None:
     """Meet the processes that torchrun started (or none), and cut them into tensor, pipeline and data parallel groups.
+
+    Those of a `world` have met already, at a store that serves for both.
 
     Raises ValueError unless the number of processes is a multiple of the model's ranks.
     """
-    world, ranks = processes.count(), layout.tensor * layout.pipeline
-    if world % ranks:
+    count, ranks = processes.count(), layout.tensor * layout.pipeline
+    if count % ranks:
         raise ValueError(
-            f"{world} processes were started for {layout}, which takes {ranks}, or a multiple of it: start as many"
+            f"{count} processes were started for {layout}, which takes {ranks}, or a multiple of it: start as many"
         )
     processes.be_alone_without_torchrun()
     if not cpu_device.is_installed():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     processes.World.joined = True
-    torch.distributed.init_process_group("gloo" if cpu_device.is_installed() else "nccl")
+    torch.distributed.init_process_group(
+        "gloo" if cpu_device.is_installed() else "nccl", **({} if world is None else world.meeting_place())
+    )
     parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
     model_parallel_cuda_manual_seed(1)  # layers ask for its random state even without dropout
 
@@ -57,7 +61,7 @@ def build(checkpoint: Checkpoint, layout: Layout, dtype: str) -> GPTModel:
     reads what it will hold. `dtype` is that of the weights and of the computation: fp32, bf16 or fp16.
     """
     with quiet_imports():
-        model = GPTModelBuilder(_watched_model(checkpoint.config, layout, dtype)).build_model(
+        model = GPTModelBuilder(watched_model(checkpoint.config, layout, dtype)).build_model(
             ProcessGroupCollection.use_mpu_process_groups()
         )
     model.requires_grad_(False).eval().cuda()
@@ -67,7 +71,7 @@ def build(checkpoint: Checkpoint, layout: Layout, dtype: str) -> GPTModel:
     return model
 
 
-def _watched_model(config: LlamaConfig, layout: Layout, dtype: str) -> GPTModelConfig:
+def watched_model(config: LlamaConfig, layout: Layout, dtype: str) -> GPTModelConfig:
     """Return the configuration of a model that is only looked at: of local layers, without any fused kernel."""
     parser = add_megatron_arguments(argparse.ArgumentParser())
     if cpu_device.is_installed():

@@ -1,0 +1,173 @@
+"""What reconstruction is worth without a step of training, on a real model: perplexity on two texts, by arm.
+
+    python benchmarks/reconstruction.py --work-dir runs/reconstruction      # some minutes an arm on two cores
+
+The model is SmolLM2-135M (real_model.py), learned from is English, and measured are English that was not seen and, as
+another domain, Python code. An arm is one run of prune_llama.py and one of the evaluation; each is done once, and what
+is done is kept, so that the benchmark may be stopped and goes on where it was. `--only WORD` does the arms that have it
+in their names. Prints a table, and writes benchmarks/results/reconstruction.json, from which docs/tables.py makes the
+tables of docs/en/reconstruct.md.
+
+The results are JSON: `benchmark`, `machine`, `model`, `length` (tokens of a sequence), `parent` and `arms`: of each its
+`parameters`, `perplexity` on `english` and `code`, `sequences` that were learned from, and `seconds` of prune_llama.py.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+from experiment import RESULTS, ROOT, command, machine, show, write_results
+from real_model import real_model, texts
+
+LENGTH, SEQUENCES, EVALUATED = 512, 48, 24  # tokens; sequences to learn from, and to evaluate on
+WIDTH = ("--hidden-size-remain", 450, "--ffn-hidden-size-remain", 1152)
+CONTRIBUTION = ("--criterion", "contribution")
+REBUILT = (
+    *CONTRIBUTION,
+    "--reconstruct",
+    "--data-path",
+    "ENGLISH",
+    "--sequences",
+    SEQUENCES,
+    "--sequence-length",
+    LENGTH,
+)
+ROTATED = ("--rotate-hidden", "--untie")
+MIXED = ("0.5", "ENGLISH", "0.5", "CODE")
+
+
+def replaced(flags: tuple[object, ...], **values: object) -> tuple[object, ...]:
+    """Return flags with the values after some of them replaced; `data_path` takes several."""
+    found = list(flags)
+    for name, value in values.items():
+        at = found.index(f"--{name.replace('_', '-')}") + 1
+        found[at : at + 1] = value if isinstance(value, tuple) else (value,)
+    return tuple(found)
+
+
+ARMS: dict[str, tuple[object, ...]] = {
+    "random": (*WIDTH, "--criterion", "random"),
+    "magnitude": (*WIDTH, "--criterion", "magnitude"),
+    "activation": (*WIDTH, "--criterion", "activation", "--scores", "SCORES"),
+    "activation, norms corrected": (*WIDTH, "--criterion", "activation", "--scores", "SCORES", "--correct-norms"),
+    "contribution, norms corrected": (*WIDTH, *CONTRIBUTION, "--scores", "SCORES", "--correct-norms"),
+    "reconstructed": (*WIDTH, *REBUILT),
+    "rotated, reconstructed, untied": (*WIDTH, *REBUILT, *ROTATED),
+    "rotated, untied": (*WIDTH, *REBUILT, *ROTATED, "--ridge", "inf"),
+    "reconstructed, untied": (*WIDTH, *REBUILT, "--untie"),
+    "reconstructed on both texts": replaced((*WIDTH, *REBUILT), data_path=MIXED),
+    "rotated, reconstructed on both texts, untied": replaced((*WIDTH, *REBUILT, *ROTATED), data_path=MIXED),
+    "reconstructed, 16 sequences": replaced((*WIDTH, *REBUILT), sequences=16),
+    "reconstructed, 192 sequences": replaced((*WIDTH, *REBUILT), sequences=192),
+    "depth 24 of 30, block influence": (
+        "--num-layers-remain", 24, "--layer-criterion", "block_influence", "--scores", "SCORES",
+    ),
+    "depth 24 of 30, reconstructed": ("--num-layers-remain", 24, *REBUILT),
+    "ffn 1152, contribution": ("--ffn-hidden-size-remain", 1152, *CONTRIBUTION, "--scores", "SCORES"),
+    "ffn 1152, reconstructed": ("--ffn-hidden-size-remain", 1152, *REBUILT),
+    "hidden 540, ffn 1440, reconstructed": ("--hidden-size-remain", 540, "--ffn-hidden-size-remain", 1440, *REBUILT),
+    "hidden 504, ffn 1344, reconstructed": ("--hidden-size-remain", 504, "--ffn-hidden-size-remain", 1344, *REBUILT),
+    "hidden 396, ffn 960, reconstructed": ("--hidden-size-remain", 396, "--ffn-hidden-size-remain", 960, *REBUILT),
+}  # fmt: skip
+
+
+class Bench:
+    """The folder of the benchmark and what is known already."""
+
+    def __init__(self, work: Path) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.work, self.file = work, work / "results.json"
+        self.results: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.parent = real_model(work)
+        self.texts = texts(work, self.parent)
+
+    def scores(self) -> Path:
+        """Return the parent's scores on what is learned from."""
+        file = self.work / "scores"
+        if not file.exists():
+            command(
+                "tools/score_importance.py", "--load", self.parent, "--data", self.texts["english"][0], "--save", file,
+                "--sequences", SEQUENCES, "--sequence-length", LENGTH,
+            )  # fmt: skip
+        return file
+
+    def arm(self, name: str, flags: tuple[object, ...]) -> None:
+        """Do an arm, unless it is done."""
+        if name in self.results:
+            return
+        path, places = self.work / "arm", {name.upper(): prefixes[0] for name, prefixes in self.texts.items()}
+        if "SCORES" in flags:
+            places["SCORES"] = self.scores()
+        words = [places.get(flag, flag) if isinstance(flag, str) else flag for flag in flags]
+        start = time.monotonic()
+        command(
+            "prune_llama.py", "--load", self.parent, "--save", path, "--format", "hf", "--overwrite",
+            "--min-scores-tokens", 1, *words,
+        )  # fmt: skip
+        seconds = time.monotonic() - start
+        self.keep(name, {**self.measure(path), "seconds": round(seconds, 1)})
+        shutil.rmtree(path)
+
+    def measure(self, path: Path) -> dict[str, float]:
+        """Return a model's parameters and its perplexity on each text."""
+        import torch
+        from evaluate import loss
+
+        from megatron.pruning.formats import open_checkpoint
+        from megatron.pruning.training.hf_model import build
+        from megatron.pruning.training.tokens import windows
+
+        opened = open_checkpoint(path)
+        model, found = build(opened, "fp32", "cpu"), {"parameters": opened.config.parameters}
+        for name, (_, valid) in self.texts.items():
+            data = torch.from_numpy(windows(valid, LENGTH, EVALUATED, opened, spread=True))
+            found[name] = round(math.exp(loss(model, data, 4, name)), 2)
+        return found
+
+    def keep(self, name: str, result: dict[str, float]) -> None:
+        """Write a result down."""
+        self.results[name] = result
+        aside = self.file.with_suffix(".new")
+        aside.write_text(json.dumps(self.results, indent=1) + "\n")
+        aside.replace(self.file)
+        print(f"{name}: {result}", flush=True)
+
+
+def main() -> None:
+    """Do what is left of the benchmark, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "reconstruction", metavar="DIR")
+    parser.add_argument("--only", default="", metavar="WORD", help="do the arms that have this in their names")
+    parser.add_argument("--json", type=Path, default=RESULTS / "reconstruction.json", metavar="FILE")
+    args = parser.parse_args()
+    bench = Bench(args.work_dir)
+    if "parent" not in bench.results:
+        bench.keep("parent", bench.measure(bench.parent))
+    for name, flags in ARMS.items():
+        if args.only in name:
+            bench.arm(name, flags)
+    done = {name: bench.results[name] for name in ARMS if name in bench.results}
+    rows = [["arm", "parameters", "english", "code", "seconds"]]
+    for name, one in {"parent": bench.results["parent"], **done}.items():
+        rows.append([name, f"{one['parameters']:,}", *(f"{one[text]:.1f}" for text in ("english", "code")),
+                     f"{one.get('seconds', 0):.0f}"])  # fmt: skip
+    show(rows)
+    write_results(
+        args.json,
+        {
+            "benchmark": "reconstruction",
+            "machine": machine(),
+            "model": "SmolLM2-135M",
+            "length": LENGTH,
+            "sequences": SEQUENCES,
+            "parent": bench.results["parent"],
+            "arms": done,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Reconstruction on the command line: its flags, and the way from them to a model that can be saved."""
+
+import argparse
+import importlib.util
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.pruning.cli.flags import positive
+from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.plan.figure import report_figure
+from megatron.pruning.plan.plan import Plan
+from megatron.pruning.plan.reconstructed import REPORT_FILE, Report
+from megatron.pruning.plan.scores import Scores, read
+from megatron.pruning.storage.processes import World
+from megatron.pruning.storage.small_files import replace_durably
+
+SEQUENCES, LONGEST, RIDGE = 128, 2048, 0.01
+
+
+def add_reconstruction_flags(group: argparse._ArgumentGroup, data: str, required: bool = False) -> None:
+    """Add the flags of a reconstruction; `data` is the one that names the text."""
+    group.add_argument(
+        data,
+        nargs="+",
+        metavar="TEXT",
+        required=required,
+        help="text to learn from: prefixes of .bin and .idx, or .jsonl files; with weights before them, as in "
+        "0.7 a 0.3 b: a mix of what the model is for",
+    )
+    group.add_argument(
+        "--sequences", type=positive, default=SEQUENCES, metavar="N",
+        help=f"sequences to learn from; a ninth as many more are held out (default {SEQUENCES})",
+    )  # fmt: skip
+    group.add_argument(
+        "--sequence-length", type=positive, metavar="S",
+        help=f"tokens of a sequence (default: as many as the model has positions, at most {LONGEST})",
+    )  # fmt: skip
+    group.add_argument(
+        "--ridge", type=ridge, default=RIDGE, metavar="R",
+        help="how strongly weights are held to the cut ones, in units of their inputs' mean square; it grows where the "
+        f"held-out text asks for it; inf refits nothing (default {RIDGE})",
+    )  # fmt: skip
+    group.add_argument(
+        "--rotate-hidden", action="store_true",
+        help="rotate the hidden states before they are cut, so that less is lost; the output layer must not be tied",
+    )  # fmt: skip
+    group.add_argument(
+        "--untie", action="store_true", help="give a model whose output layer is its embedding one of its own"
+    )
+
+
+_OPTIONS = ("sequences", "sequence_length", "ridge", "rotate_hidden", "untie")
+
+
+def check_reconstruction_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise ValueError where prune_llama.py is to reconstruct without a text, or is told how without being told to."""
+    if args.reconstruct and not args.data_path:
+        raise ValueError("--reconstruct learns from text: add --data-path PREFIX")
+    if args.reconstruct and args.candidates is not None:
+        raise ValueError("--candidates trains shapes that are cut: leave out --reconstruct")
+    for name in _OPTIONS:
+        if not args.reconstruct and getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} is for a reconstruction: add --reconstruct")
+
+
+def ridge(text: str) -> float:
+    """Read a ridge."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (0 <= value <= 1e4 or value == float("inf")):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 10000 nor inf")
+    return value
+
+
+class Reconstructor:
+    """The text that the flags name, and what is done with it, in a directory of its own beside --save."""
+
+    def __init__(self, args: argparse.Namespace, text: Sequence[str], parent: Checkpoint, world: World) -> None:
+        from megatron.pruning.training import cpu_device
+        from megatron.pruning.training.calibration import calibration
+
+        self.args, self.parent, self.world = args, parent, world
+        positions = parent.config.max_position_embeddings
+        length = args.sequence_length or min(positions, LONGEST)
+        if length > positions:
+            raise ValueError(f"--sequence-length {length} is more than the {positions} positions of {args.load}")
+        cpu_device.install()
+        self.calibration = calibration(text, length, args.sequences, parent)
+        self.work: Path = args.save.with_name(f".{args.save.name}.reconstruction")
+        self._join()
+        if world.rank == 0:
+            self.work.mkdir(exist_ok=True)
+            print(f"text: {self._said_of_text()}; what is unfinished lies in {self.work}", flush=True)
+
+    def scores(self) -> Scores:
+        """Score the parent on the text that is learned from, with a copy of it in each process."""
+        from megatron.pruning.training import cpu_device
+        from megatron.pruning.training.record_scores import Recorder
+        from megatron.pruning.training.scoring import nothing_yet, score
+        from megatron.pruning.training.stock_model import build
+
+        file, text = self.work / "scores", self.calibration.tokens[~self.calibration.held_out]
+        layout = Layout(vocab_divisor=1)
+        dtype = "fp32" if cpu_device.is_installed() else "bf16"
+        wanted = nothing_yet(self.parent, text, 0, dtype)
+        if self.world.share("there" if _is_of(file, wanted) else "missing") == "missing":
+            recorder = Recorder(build(self.parent, layout, dtype), self.parent.config, layout, text.shape[1] - 1)
+            score(file, wanted, recorder, text, self.world.size, self.world.rank)
+        self.world.barrier()
+        return read(file)
+
+    def run(self, plan: Plan) -> tuple[Checkpoint, dict[str, bytes]]:
+        """Reconstruct the model that a plan cuts; return it, and the report, a small file that goes with it."""
+        import torch
+
+        from megatron.pruning.training.reconstruct import Options, Text
+        from megatron.pruning.training.reconstruct_checkpoint import Job
+
+        options = Options(self.args.ridge, self.args.rotate_hidden, self.args.untie)
+        device = torch.device("cuda", torch.cuda.current_device())
+        text = Text(self.calibration, device, self.world.rank, self.world.size)
+        job = Job(self.parent, plan, text, options, self.args.dtype, self.work, self.world)
+        model, report = job.run()
+        if self.world.rank == 0:
+            print(describe_report(report), flush=True)
+            if importlib.util.find_spec("matplotlib") and report.weights:
+                picture = self.args.save.with_name(f"{self.args.save.name}.reconstruct.png")
+                replace_durably(picture, report_figure(report))
+                print(f"by layer: {picture}", flush=True)
+        return model, {REPORT_FILE: report.to_json()}
+
+    def close(self) -> None:
+        """Part from the other processes, and take the directory of what was unfinished away."""
+        import torch
+
+        torch.distributed.destroy_process_group()
+        if self.world.rank == 0:
+            shutil.rmtree(self.work)
+
+    def _join(self) -> None:
+        from megatron.pruning.training.quiet import quiet_imports
+
+        with quiet_imports():
+            from megatron.pruning.training.stock_model import join
+
+            join(Layout(), self.world)
+
+    def _said_of_text(self) -> str:
+        text = self.calibration
+        shares = ", ".join(f"{name} ({share:.0%})" for name, share in text.shares.items())
+        held_out = int(text.held_out.sum())
+        return f"{len(text.tokens) - held_out} sequences of {text.length} tokens of {shares}, {held_out} held out"
+
+
+def _is_of(file: Path, wanted: Scores) -> bool:
+    """Return whether a scores file is there, and is of this model and text."""
+    try:
+        return read(file).same_job(wanted)
+    except ValueError:
+        return False
+
+
+def describe_report(report: Report) -> str:
+    """Return what a reconstruction gave, in a line."""
+    losses = report.losses
+    assert losses is not None  # it is finished
+    damage = losses.cut - losses.parent
+    gone = f", {(losses.cut - losses.reconstructed) / damage:.0%} of the damage gone" if damage > 0 else ""
+    return (
+        f"loss on held-out text, in nats a token: parent {losses.parent:.3f}, cut {losses.cut:.3f}, reconstructed "
+        f"{losses.reconstructed:.3f}{gone}"
+    )

@@ -1,0 +1,125 @@
+"""Least squares: the weight of a linear map that comes nearest to what it should give, pulled towards the one it had.
+
+A map W [out, in] sees inputs u and should give y = P t, where t is what the parent had at this place and P [out,
+targets] is the parent's own weight, or the identity. Whatever the text, the solution and its error need no more than
+the sums of u u^T, u t^T and t t^T over tokens: text streams through, and ranks add up.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROWTH, LARGEST = 10.0, 1e4  # of a ridge under which the held-out error rises; beyond, the weight is let be
+_ROWS = 8192  # of a weight that are solved for at once: an output layer has a hundred thousand
+_ROUNDING = 1e-14  # of the largest square of an input: the least that is added, for what the text never showed
+
+
+class Moments:
+    """Sums over tokens, in float64: `inputs` u u^T [in, in], `cross` u t^T [in, targets], `targets` t t^T."""
+
+    def __init__(self, inputs: int, targets: int, device: torch.device | str) -> None:
+        self.inputs = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(inputs, targets, dtype=torch.float64, device=device)
+        self.targets = torch.zeros(targets, targets, dtype=torch.float64, device=device)
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add tokens, `[..., in]` and `[..., targets]`; products are taken in their own dtype."""
+        u, t = inputs.flatten(0, -2), targets.flatten(0, -2)
+        self.inputs += u.T @ u
+        self.cross += u.T @ t
+        self.targets += t.T @ t
+
+    def scale_inputs(self, factor: float) -> None:
+        """Let all inputs have been `factor` times what they were."""
+        self.inputs *= factor**2
+        self.cross *= factor
+
+    def wanted(self, parent: Tensor | None) -> tuple[Tensor, float]:
+        """Return the sums of y u^T, `[out, in]`, and of |y|^2, for the targets y = P t."""
+        if parent is None:
+            return self.cross.T, float(self.targets.trace())
+        return parent @ self.cross.T, float(((parent @ self.targets) * parent).sum())
+
+
+@dataclass
+class Fit:
+    """A weight [out, in] in float64, and sums of squares: of what it should give, and of what it misses of it.
+
+    `ridge` is infinite where a part of the weight was let be: every change made the held-out error worse. Squares are
+    on the calibration text and on the held-out text.
+    """
+
+    weight: Tensor
+    ridge: float
+    wanted: tuple[float, float]
+    before: tuple[float, float]
+    after: tuple[float, float]
+
+
+class LeastSquares:
+    """Solves for every weight that reads the same inputs. `ridge` is in units of an input's mean square."""
+
+    def __init__(self, calibration: Moments, held_out: Moments, ridge: float) -> None:
+        self.calibration, self.held_out, self.ridge = calibration, held_out, ridge
+        self._factors: dict[float, Tensor] = {}
+
+    def fit(self, cut: Tensor, parent: Tensor | None = None) -> Fit:
+        """Return the weight W that minimises the sum of |W u - y|^2 plus ridge * |W - cut|^2.
+
+        `cut` is [out, in], `parent` P. While the held-out error is above that of the cut weight, the ridge grows.
+        """
+        parts = [
+            self._fit(cut[start : start + _ROWS].double(), None if parent is None else parent[start : start + _ROWS])
+            for start in range(0, len(cut), _ROWS if parent is not None else len(cut))
+        ]
+        return Fit(
+            weight=torch.cat([part.weight for part in parts]),
+            ridge=max(part.ridge for part in parts),
+            wanted=_added_up(part.wanted for part in parts),
+            before=_added_up(part.before for part in parts),
+            after=_added_up(part.after for part in parts),
+        )
+
+    def _fit(self, cut: Tensor, parent: Tensor | None) -> Fit:
+        parent = None if parent is None else parent.double()
+        ours, theirs = (_Error(moments, cut, parent) for moments in (self.calibration, self.held_out))
+        wanted, before = (ours.wanted, theirs.wanted), (ours.before, theirs.before)
+        ridge = self.ridge
+        while ridge <= LARGEST:
+            change = torch.cholesky_solve(ours.missing.T, self._factor(ridge)).T
+            after = ours.after(change), theirs.after(change)
+            if after[1] <= before[1] and after[0] <= before[0]:
+                return Fit(cut + change, ridge, wanted, before, after)
+            ridge = max(ridge, 1e-6) * GROWTH
+        return Fit(cut, math.inf, wanted, before, before)
+
+    def _factor(self, ridge: float) -> Tensor:
+        if ridge not in self._factors:
+            inputs = self.calibration.inputs
+            squares = inputs.diagonal()
+            pull = max(ridge * float(squares.mean()), _ROUNDING * float(squares.max()), 1e-300)
+            self._factors[ridge] = torch.linalg.cholesky(inputs + pull * torch.eye(len(inputs)).to(inputs))
+        return self._factors[ridge]
+
+
+def _added_up(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    first, second = zip(*pairs, strict=True)
+    return sum(first), sum(second)
+
+
+class _Error:
+    """The squared error of a cut weight on one text, and of changes to it."""
+
+    def __init__(self, moments: Moments, cut: Tensor, parent: Tensor | None) -> None:
+        self.inputs = moments.inputs
+        asked, self.wanted = moments.wanted(parent)
+        self.missing = asked - cut @ self.inputs  # the sum of (y - W u) u^T, [out, in]
+        # Where nothing is left, what is left is rounding.
+        self.before = max(self.wanted - float((cut * (asked + self.missing)).sum()), 0.0)
+
+    def after(self, change: Tensor) -> float:
+        fallen = float((change * (2 * self.missing - change @ self.inputs)).sum())
+        return max(self.before - fallen, 0.0)

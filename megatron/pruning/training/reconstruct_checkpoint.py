@@ -1,0 +1,233 @@
+"""A reconstruction as a job on disk: what is done lies in a working directory, and an interrupted run goes on there."""
+
+import hashlib
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
+from megatron.pruning.model.weights import READERS, WRITERS
+from megatron.pruning.plan.plan import Plan
+from megatron.pruning.plan.pruned import Pruned
+from megatron.pruning.plan.reconstructed import REPORT_FILE, Losses, Reconstructed, Report, WeightReport, plan_digest
+from megatron.pruning.storage.dtypes import TORCH_NAMES
+from megatron.pruning.storage.processes import World
+from megatron.pruning.storage.progress import Progress
+from megatron.pruning.storage.safetensors_file import read_safetensors
+from megatron.pruning.storage.small_files import new_file_beside, read_small, replace_durably
+from megatron.pruning.storage.views import View
+from megatron.pruning.training.basis import NORM_OF
+from megatron.pruning.training.layerwise import ROW, States, Weights
+from megatron.pruning.training.least_squares import Fit
+from megatron.pruning.training.reconstruct import Options, Reconstruction, Text, loss_of
+
+_BASIS = "basis.safetensors"
+_TOUCHED = {"embed", *READERS, *NORM_OF, *WRITERS}  # rows of a layer that a smaller hidden size or a refit changes
+
+
+class Job:
+    """A reconstruction of `parent` pruned by `plan`, in the directory `folder`, which all processes see.
+
+    `dtype` is that of the weights to come; None: every weight keeps the parent's.
+    """
+
+    def __init__(
+        self,
+        parent: Checkpoint,
+        plan: Plan,
+        text: Text,
+        options: Options,
+        dtype: str | None,
+        folder: Path,
+        world: World,
+    ) -> None:
+        check_tie(parent, plan, options)
+        self.parent, self.plan, self.text, self.options, self.dtype = parent, plan, text, options, dtype
+        self.folder, self.world = folder, world
+        numbers = [stretch.number for stretch in text.stretches()]
+        self.states = States(folder / "states", torch.float32, text.device, numbers)
+        self.report = self._go_on(self._empty_report())
+
+    def run(self) -> tuple[Reconstructed, Report]:
+        """Do what is left to do; return the model, whose weights lie in the working directory, and the report."""
+        done, layers = self.report.layers_done, len(self.plan.layers)
+        self._check_disk()
+        progress = Progress("reconstructing", layers + 1, self.world.rank == 0, unit="layers", before=done)
+        with torch.no_grad():
+            if done <= layers:
+                self._refit(done, progress)
+            progress.close()
+            model = Reconstructed(self.parent, self.plan, self._weights())
+            if self.report.losses is None:
+                losses = Losses(*(loss_of(one, self.text, self.states) for one in self._compared(model)))
+                self._commit(msgspec.structs.replace(self.report, losses=losses))
+        return model, self.report
+
+    def remove(self) -> None:
+        """Take the working directory away, after the model has been written."""
+        if self.world.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _compared(self, model: Reconstructed) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
+        return self.parent, Pruned(self.parent, self.plan), model
+
+    def _refit(self, done: int, progress: Progress) -> None:
+        layers = len(self.plan.layers)
+        work = Reconstruction(self.parent, self.plan, self.text, self.options, self.states, self._as_stored)
+        if done == 0:
+            first = work.start()
+            if self.world.rank == 0:
+                self._write("first", None, first)
+                if work.basis.matrix is not None:
+                    _save({"basis": work.basis.matrix}, self.folder / _BASIS)
+        elif self.options.rotate:
+            work.set_basis(load_file(self.folder / _BASIS)["basis"])
+        for layer in range(done, layers):
+            self._write(f"layer-{layer:05d}", layer, work.layer(layer))
+            self.states.make_durable(f"parent.{layer + 1}", f"pruned.{layer + 1}")
+            self._commit(self._with_fits(layer + 1, layer, work.fits))
+            self.states.drop(f"parent.{layer}", f"pruned.{layer}")
+            progress.advance(1)
+        self._write("last", None, work.finish())
+        self._commit(self._with_fits(layers + 1, None, work.fits))
+        self.states.drop(f"parent.{layers}", f"pruned.{layers}")
+        progress.advance(1)
+
+    def _as_stored(self, name: str, layer: int | None, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight in the dtype in which it will be written. Raises ValueError where it does not fit that."""
+        dtype = self.dtype
+        if dtype is None:
+            source = "embed" if name == "lm_head" and self.parent.config.tied else name
+            row = ROW[source]
+            dtype = self.parent.weight(row, int(self.plan.layers[layer or 0]) if row.per_layer else None).dtype
+        rounded = weight.to(getattr(torch, TORCH_NAMES[dtype]))
+        if not torch.isfinite(rounded).all():
+            where = "after the layers" if layer is None else f"of layer {layer}"
+            raise ValueError(f"the reconstructed {name} {where} is not finite in {dtype}: choose bf16 or fp32")
+        return rounded
+
+    def _write(self, name: str, layer: int | None, weights: Weights) -> None:
+        if self.world.rank == 0:
+            tensors = {
+                ROW[row].hf_key(layer): self._as_stored(row, layer, weight)
+                for row, weight in weights.items()
+                if row in _TOUCHED
+            }
+            _save(tensors, self.folder / f"{name}.safetensors")
+
+    def _weights(self) -> dict[str, View]:
+        self.world.barrier()
+        names = ["first", *(f"layer-{layer:05d}" for layer in range(len(self.plan.layers))), "last"]
+        found: dict[str, View] = {}
+        for name in names:
+            found |= read_safetensors(self.folder / f"{name}.safetensors")
+        return found
+
+    def _with_fits(self, done: int, layer: int | None, fits: Mapping[tuple[str, int | None], Fit]) -> Report:
+        rows = [
+            WeightReport(
+                name=name,
+                layer=layer,
+                ridge=_number(fit.ridge),
+                wanted=fit.wanted,
+                before=fit.before,
+                after=fit.after,
+            )
+            for (name, at), fit in fits.items()
+            if at == layer
+        ]
+        return msgspec.structs.replace(self.report, layers_done=done, weights=[*self.report.weights, *rows])
+
+    def _commit(self, report: Report) -> None:
+        """Let the files of this step count, on every process."""
+        self.world.barrier()
+        self.report = report
+        if self.world.rank == 0:
+            replace_durably(self.folder / REPORT_FILE, report.to_json())
+        self.world.barrier()
+
+    def _empty_report(self) -> Report:
+        text = self.text.calibration
+        return Report(
+            parent=fingerprint(self.parent),
+            plan=plan_digest(self.plan),
+            tokens=hashlib.sha256(np.ascontiguousarray(text.tokens)).hexdigest()[:16],
+            text=dict(text.shares),
+            sequences=int((~text.held_out).sum()),
+            held_out_sequences=int(text.held_out.sum()),
+            sequence_length=text.length,
+            ridge=_number(self.options.ridge),
+            rotated=self.options.rotate,
+            untied=self.options.untie,
+            dtype=self.dtype,
+        )
+
+    def _go_on(self, empty: Report) -> Report:
+        """Return how far an interrupted run of the same job came; whatever else is in its directory is of no use."""
+        path = self.folder / REPORT_FILE
+        found = empty
+        if path.is_file():
+            try:
+                found = Report.from_json(read_small(path), str(path))
+                if not found.same_job(empty):
+                    raise ValueError(f"{self.folder} is of another model, plan, text or other flags")
+                if self.world.rank == 0:
+                    print(f"going on after layer {found.layers_done} of {len(self.plan.layers)}, from {self.folder}")
+            except ValueError as error:
+                found = empty
+                if self.world.rank == 0:
+                    print(f"note: starting over: {error}", file=sys.stderr)
+        self.world.barrier()
+        self.folder.mkdir(exist_ok=True)
+        return found
+
+    def _check_disk(self) -> None:
+        """Say what the hidden states take. Raises ValueError when there is no room for them."""
+        parent, pruned = self.parent.config, self.plan.sizes
+        widths = 3 * parent.hidden_size + 3 * pruned["hidden"] + pruned["heads"] * pruned["head_dim"]
+        need = self.text.calibration.tokens.size * widths * self.states.dtype.itemsize
+        free = shutil.disk_usage(self.folder).free
+        if need > free:
+            raise ValueError(
+                f"{self.folder} has {free / 1e9:.1f} GB free, but the hidden states of the text take "
+                f"{need / 1e9:.1f} GB: take fewer --sequences, or a --save on a larger disk"
+            )
+
+
+def _number(ridge: float) -> float | None:
+    """Return a ridge as JSON can hold it."""
+    return ridge if math.isfinite(ridge) else None
+
+
+def check_tie(parent: Checkpoint, plan: Plan, options: Options) -> None:
+    """Raise ValueError where the output layer must be untied and was not, or is already."""
+    config = parent.config
+    if options.untie and not config.tied:
+        raise ValueError(f"--untie: the output layer of {parent.path} has weights of its own already; leave it out")
+    if options.rotate and config.tied and not options.untie:
+        cost = config.vocab_size * plan.sizes["hidden"]
+        raise ValueError(
+            f"--rotate-hidden needs an output layer of its own, which {parent.path} has not (its embedding serves for "
+            f"both): add --untie, which costs {cost:,} parameters"
+        )
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a file of safetensors, whole or not at all."""
+    aside = new_file_beside(path)
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
