@@ -43,6 +43,21 @@ def of_another_run(folder: Path) -> None:
     (folder / "other.idx").rename(folder / "text.idx")
 
 
+def index_changed(*changes: tuple[int, int]) -> Callable[[Path], None]:
+    """Return a change that adds to numbers of the .idx of 60 sequences: the lengths begin at byte 34, 4 bytes each."""
+
+    def apply(folder: Path) -> None:
+        raw = bytearray((folder / "text.idx").read_bytes())
+        for at, by in changes:
+            raw[at] = (raw[at] + by) % 256
+        (folder / "text.idx").write_bytes(raw)
+
+    return apply
+
+
+POINTERS, DOCUMENTS = 34 + 60 * 4, 34 + 60 * 12
+
+
 def with_a_strange_id(folder: Path) -> None:
     draw = np.random.default_rng(0)
     documents = [draw.integers(0, 61, 50) for _ in range(60)]
@@ -61,6 +76,28 @@ def unchanged(_: Path) -> None:
         ("--data-path text --split 99,1,0", with_a_strange_id, r"--data-path text holds token 64, .* vocabulary of 64"),
         ("--data-path text --split 99,1,0", shorter("text.bin"), r"text.bin has 5990 bytes, which are not the 3000 to"),
         ("--data-path text --split 99,1,0", shorter("text.idx"), r"text.idx or .bin is damaged or empty"),
+        (
+            "--data-path text --split 99,1,0",
+            index_changed((34, 5), (38, -5)),
+            r"a sequence of the .idx from 0 on does not",
+        ),
+        (
+            "--data-path text --split 99,1,0",
+            index_changed((POINTERS + 8, 2)),
+            r"a sequence of the .idx from 0 on does not",
+        ),
+        (
+            "--data-path text --split 99,1,0",
+            index_changed((DOCUMENTS, 1)),
+            r"documents of the .idx are not those of its",
+        ),
+        (
+            "--data-path text --split 99,1,0",
+            index_changed((DOCUMENTS + 8, 9)),
+            r"documents of the .idx are not in order",
+        ),
+        ("--data-path text --split 99,1,0", index_changed((18, 1)), r"which are not the 61 sequences that it names"),
+        ("--data-path text --split 99,1,0", index_changed((17, 90)), r"the .idx does not begin as one"),
         ("--data-path text --split 99,1,0", of_another_run, r"text.bin has 6000 bytes, which are not the 50 tokens"),
         (
             "--data-path text.bin",

@@ -94,6 +94,7 @@ def test_same_bytes_for_any_number_of_workers(tmp_path: Path, model: Path) -> No
         ('{"txt": "a"}', 'there is no "text", only txt'),
         ('{"text": 3}', '"text" holds int, not a string'),
         ('["a"]', "a JSON object is needed, not list"),
+        ('{"text": "\\ud800"}', '"text" holds half a surrogate pair, which is no text'),
     ],
 )
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -33,7 +33,7 @@ import numpy as np
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.storage.progress import Progress
-from megatron.pruning.storage.small_files import alone_at, new_file_beside
+from megatron.pruning.storage.small_files import alone_at, is_text, new_file_beside
 from megatron.pruning.training.quiet import quiet_imports
 
 TOKENIZER_TYPES = (
@@ -311,6 +311,8 @@ def _texts(raw: bytes) -> list[str]:
             raise ValueError(f'there is no "{key}", only {", ".join(sorted(record)[:5]) or "an empty object"}')
         if not isinstance(record[key], str):
             raise ValueError(f'"{key}" holds {type(record[key]).__name__}, not a string')
+        if not is_text(record[key]):
+            raise ValueError(f'"{key}" holds half a surrogate pair, which is no text')
     return [record[key] for key in _worker.keys]
 
 

@@ -71,6 +71,15 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def is_text(value: str) -> bool:
+    """Return whether a string can be written: JSON may spell half a surrogate pair, which tokenizers fail on."""
+    try:
+        value.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
 def parse_as[T](kind: type[T], raw: bytes, what: str) -> T:
     """Return a JSON object as a `msgspec.Struct` of this `kind`, whose fields and types it must have.
 

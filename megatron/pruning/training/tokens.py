@@ -1,6 +1,7 @@
 """Text as a model reads it: consecutive, full windows of tokens from a .bin/.idx pair or a .jsonl file."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.storage.small_files import is_text
 from megatron.pruning.training.hf_model import tokenizer_of
-from megatron.pruning.training.quiet import quiet_imports
 
 Tokens = NDArray[np.int64]
 
@@ -47,33 +48,92 @@ class Text(NamedTuple):
 
 
 def open_text(prefix: str | Path, flag: str) -> Text:
-    """Open the text of a prefix, which `flag` named; the lengths of its files are checked, the ids are not.
+    """Open the text of a prefix, which `flag` named; its files are checked against each other, the ids are not.
 
-    Raises ValueError when a file is missing, damaged, or not the one that the other was written with.
+    Megatron's own reader believes the .idx, and takes tokens from wherever it says. Raises ValueError when a file is
+    missing, damaged, or not the one that the other was written with.
     """
-    with quiet_imports():
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        for suffix in (".bin", ".idx"):
-            if not Path(f"{prefix}{suffix}").is_file():
-                whole = str(prefix).removesuffix(".bin").removesuffix(".idx")
-                hint = f"; name the prefix alone, {whole}" if whole != str(prefix) else ""
-                raise ValueError(f"{flag} {prefix}: there is no {prefix}{suffix}{hint}")
-        try:
-            index = IndexedDataset(str(prefix)).index
-        except Exception as error:  # its asserts say little
-            raise ValueError(f"{flag} {prefix}: {prefix}.idx or .bin is damaged or empty ({error})") from error
-    if not np.issubdtype(index.dtype, np.integer):
-        raise ValueError(
-            f"{flag} {prefix}: {prefix}.idx says that tokens are {np.dtype(index.dtype)}, no whole numbers"
-        )
-    size, told = Path(f"{prefix}.bin").stat().st_size, int(index.sequence_lengths.sum(dtype=np.int64))
-    if size != told * np.dtype(index.dtype).itemsize:
+    for suffix in (".bin", ".idx"):
+        if not Path(f"{prefix}{suffix}").is_file():
+            whole = str(prefix).removesuffix(".bin").removesuffix(".idx")
+            hint = f"; name the prefix alone, {whole}" if whole != str(prefix) else ""
+            raise ValueError(f"{flag} {prefix}: there is no {prefix}{suffix}{hint}")
+    size = Path(f"{prefix}.bin").stat().st_size
+    try:
+        dtype, index = _read_index(Path(f"{prefix}.idx"))
+        told = _tokens_in(index)
+        if not told:
+            raise ValueError("it has no tokens")
+    except ValueError as error:
+        raise ValueError(f"{flag} {prefix}: {prefix}.idx or .bin is damaged or empty ({error})") from error
+    if not np.issubdtype(dtype, np.integer):
+        raise ValueError(f"{flag} {prefix}: {prefix}.idx says that tokens are {dtype}, no whole numbers")
+    if size != told * dtype.itemsize:
         raise ValueError(
             f"{flag} {prefix}: {prefix}.bin has {size} bytes, which are not the {told} tokens of its .idx: one of them "
             "is cut short, or of another run"
         )
-    return Text(np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r"), index.sequence_lengths)
+    return Text(np.memmap(f"{prefix}.bin", dtype=dtype, mode="r"), index.lengths)
+
+
+# An .idx as megatron.core.datasets.indexed_dataset writes it: these fields, then for each sequence its length and its
+# first byte in the .bin, and for each document its first sequence, and at last their number.
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\0\0"
+_DTYPES = dict(enumerate(("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"), start=1))
+_BLOCK = 1 << 20  # sequences looked at together
+
+
+class _Index(NamedTuple):
+    """The arrays of an .idx, mapped into memory, and the bytes of a token."""
+
+    width: int
+    lengths: NDArray[np.int32]
+    pointers: NDArray[np.int64]
+    documents: NDArray[np.int64]
+
+
+def _read_index(path: Path) -> tuple[np.dtype[Any], _Index]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        raise ValueError(f"the .idx has {size} bytes")
+    magic, version, code, sequences, documents = _HEADER.unpack(header)
+    if magic != _MAGIC or version != 1 or code not in _DTYPES:
+        raise ValueError("the .idx does not begin as one")
+    lengths, pointers, ends = 4 * sequences, 8 * sequences, 8 * documents
+    if size not in (
+        needed := _HEADER.size + lengths + pointers + ends,
+        needed + sequences,
+    ):  # some have a mode for each
+        raise ValueError(f"the .idx has {size} bytes, which are not the {sequences} sequences that it names")
+    at = memoryview(np.memmap(path, mode="r"))[_HEADER.size :]
+    dtype = np.dtype(_DTYPES[code])
+    return dtype, _Index(
+        dtype.itemsize,
+        np.frombuffer(at[:lengths], np.int32),
+        np.frombuffer(at[lengths : lengths + pointers], np.int64),
+        np.frombuffer(at[lengths + pointers : lengths + pointers + ends], np.int64),
+    )
+
+
+def _tokens_in(index: _Index) -> int:
+    """Return how many tokens all sequences have. Raises ValueError unless they follow each other without a gap."""
+    at = 0
+    for start in range(0, len(index.lengths), _BLOCK):
+        lengths = index.lengths[start : start + _BLOCK].astype(np.int64)
+        stops = at + np.cumsum(lengths)
+        if lengths.min() < 0 or np.any(index.pointers[start : start + _BLOCK] != (stops - lengths) * index.width):
+            raise ValueError(f"a sequence of the .idx from {start} on does not lie where the one before it ends")
+        at = int(stops[-1])
+    ends = index.documents
+    if len(ends) == 0 or ends[0] != 0 or ends[-1] != len(index.lengths):
+        raise ValueError("the documents of the .idx are not those of its sequences")
+    for start in range(0, len(ends), _BLOCK):
+        if np.any(np.diff(ends[start : start + _BLOCK + 1]) < 0):
+            raise ValueError("the documents of the .idx are not in order")
+    return at
 
 
 def _from_jsonl(file: Path, wanted: int, checkpoint: Checkpoint) -> Tokens:
@@ -106,4 +166,6 @@ def _text_of(line: bytes, where: str) -> str:
         raise ValueError(f'{where}: no JSON object with a string under "text"') from error
     if not isinstance(text, str):
         raise ValueError(f'{where}: "text" holds {type(text).__name__}, not a string')
+    if not is_text(text):
+        raise ValueError(f'{where}: "text" holds half a surrogate pair, which is no text')
     return text
