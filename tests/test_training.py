@@ -323,6 +323,12 @@ def test_files_beside_the_checkpoint_follow_it_and_its_arguments_are_enough(
     assert min(second.losses) == 3, "the second start did not resume from --load"
 
 
+def test_a_width_that_pruning_left_odd_is_trained(forker: StockLoop) -> None:
+    alone = MODEL.replace("--ffn-hidden-size 64", "--ffn-hidden-size 25")
+    done = forker.run("odd", f"{alone} {TRAINING} {DATA}".replace(f"--train-iters {STEPS}", "--train-iters 1"))
+    assert sorted(done.ok().losses) == [1]
+
+
 def test_entry_script_stands_the_cpu_in_only_for_itself() -> None:
     assert not (ROOT / "megatron" / "__init__.py").exists(), "it would hide pip's megatron.core"
     program = (

@@ -22,7 +22,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training import checkpointing, get_args, training
+from megatron.training import checkpointing, get_args, initialize, training
 
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.strict_loading import checked_dist_load, checked_load, is_dist, one_sentence, source_of
@@ -70,6 +70,13 @@ def while_training(args: argparse.Namespace, config: TransformerConfig) -> list[
             queue.Queue(),
             why="Megatron starts a process that holds the writer's results, and it takes seconds to import all again.",
             needed=not args.async_save,
+        ),
+        Patch(
+            initialize,
+            "_warmup_jit_function",
+            lambda tp_size=None: None,
+            why="The warm-up of swiglu halves a rank's width of the feed-forward, which may be odd after pruning.",
+            needed=args.swiglu and args.ffn_hidden_size // args.tensor_model_parallel_size % 2 == 1,
         ),
         *(_without_gpu(config) if cpu_device.is_installed() else []),
     ]
