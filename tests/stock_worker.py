@@ -107,7 +107,8 @@ def run(cases: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+    tools = Path(__file__).resolve().parents[1] / "tools"
+    sys.path += [str(tools), str(tools / "checkpoint_conversion")]
     # Before the forks, which then have them: the loop, and what each rank would import for a second.
     for module in ("pretrain_gpt", "score_importance", "megatron.core.tokenizers.text"):
         importlib.import_module(module)

@@ -1,7 +1,7 @@
 """A damaged or malicious checkpoint is refused in one sentence, runs no code, and leaves nothing behind.
 
-There is one table a format: how a sound checkpoint is damaged, and what the sentence must say. fuzz_checkpoints.py
-damages them at random; what it or a reader of the code has found stays here by name.
+There is one table a format: how a sound checkpoint is damaged, and what the sentence must say. The modules
+fuzz_*.py damage them at random; what it or a reader of the code has found stays here by name.
 """
 
 import io
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_checkpoints import call
+from fuzz_pickles import call
 from helpers import as_bin, convert, make_llama, rank_file, rewritten, set_config
 from safetensors.torch import load_file, save_file
 
@@ -323,6 +323,13 @@ def rezipped(
     return changed(FILE_00, apply)
 
 
+def moved_entry(raw: bytes) -> bytes:
+    """Say in the header of a weight's entry that it begins 8 bytes earlier, where padding is."""
+    start = raw.rindex(b"PK\3\4", 0, raw.index(b"/data/0"))
+    extra = int.from_bytes(raw[start + 28 : start + 30], "little") - 8
+    return raw[: start + 28] + extra.to_bytes(2, "little") + raw[start + 30 :]
+
+
 def before_stop(opcodes: bytes) -> Callable[[bytes], bytes]:
     """Return a function that adds opcodes at the end of a pickle."""
     return lambda pickled: pickled[:-1] + opcodes + b"."
@@ -389,6 +396,8 @@ TORCH: list[tuple[Damage, str]] = [
     (rezipped(lambda raw: raw + bytes(10**8), zipfile.ZIP_DEFLATED), r"is damaged: the entry .* is compressed"),
     (rezipped(lambda raw: raw + bytes(1 << 26)), r"a header of .* bytes, more than"),
     (rezipped(more={"model_optim_rng/data.pkl": b"x"}), r"is damaged: it holds an entry twice"),
+    (changed(FILE_00, lambda raw: raw[:64] + raw[72:]), r"the entry data.pkl is not where its directory says"),
+    (changed(FILE_00, moved_entry), r"is damaged: the entry data/0 does not end where the next one begins"),
     (replaced(FILE_00, b"num_layers", b"num_lavers"), r"the checksum .*data.pkl"),
     (replaced(FILE_00, b"little", b"big   "), r"the checksum .*byteorder|byte order"),
     (rezipped(before_stop(LAUGHS + b"}" + LAUGHS + b"Ns")), r"a key of it is not plain"),

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_checkpoints import time_limit
+from fuzz_guards import time_limit
 from helpers import CONVERT, PRUNE, convert, digests, environment, make_llama, run, torchrun
 
 from megatron.pruning.model.layout import Layout

@@ -5,6 +5,7 @@ says what is made of them. The pickle is read as data (see pickles.py) and the s
 tensor is a `Tensor`, which tells where its bytes lie.
 """
 
+import bisect
 import contextlib
 import io
 import math
@@ -26,6 +27,7 @@ from megatron.pruning.storage.views import Stored
 MAX_HEADER_BYTES = 1 << 25
 _MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch wrote first when its files were no archives
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name and its extra field
+_DESCRIPTORS = (16, 24)  # bytes of the record that may follow an entry and repeats its checksum and sizes
 
 
 class Window:
@@ -69,11 +71,13 @@ class _Archive:
         self.window, self.length = window, window.seek(0, io.SEEK_END)
         with zipfile.ZipFile(window) as archive:
             entries = archive.infolist()
+            directory = archive.start_dir
         self.entries = {entry.filename.partition("/")[2]: entry for entry in entries}
         if "data.pkl" not in self.entries:
             raise zipfile.BadZipFile("it has no data.pkl")
         if len(self.entries) != len(entries):
             raise ValueError("it holds an entry twice")
+        self.starts = sorted([*(entry.header_offset for entry in entries), directory])  # what each entry ends before
         if "byteorder" in self.entries and (order := self.read("byteorder")) != b"little":
             raise ValueError(f"its byte order is {order[:20]!r}: only little-endian files are read")
 
@@ -81,6 +85,8 @@ class _Archive:
         """Return the first byte, within the window, and the number of bytes of an entry."""
         if (entry := self.entries.get(name)) is None:
             raise ValueError(f"it lacks the entry {name}")
+        if entry.header_offset < 0:  # the directory lies earlier than it says
+            raise ValueError(f"the entry {name} is not where its directory says")
         self.window.seek(entry.header_offset)
         header = self.window.read(_LOCAL_HEADER)
         if len(header) < _LOCAL_HEADER or header[:4] != b"PK\3\4":
@@ -91,7 +97,16 @@ class _Archive:
         begin = entry.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes
         if begin + entry.file_size > self.length:
             raise ValueError(f"the entry {name} ends at byte {begin + entry.file_size} of {self.length}")
+        self._check_end(name, entry.header_offset, begin + entry.file_size)
         return begin, entry.file_size
+
+    def _check_end(self, name: str, start: int, end: int) -> None:
+        """Raise ValueError unless the next entry begins where this one ends: its header alone says where it begins."""
+        following = bisect.bisect_right(self.starts, start)
+        after = (self.starts[following] if following < len(self.starts) else self.length) - end
+        self.window.seek(end)
+        if after and not (after in _DESCRIPTORS and self.window.read(4) == b"PK\7\x08"):
+            raise ValueError(f"the entry {name} does not end where the next one begins")
 
     def read(self, name: str) -> bytes:
         """Return the content of a small entry."""
