@@ -42,7 +42,7 @@ with quiet_imports():
     from megatron.core.enums import ModelType
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-    from megatron.training import checkpointing, get_args, get_timers, get_tokenizer, training
+    from megatron.training import get_args, get_timers, get_tokenizer, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
@@ -53,7 +53,7 @@ with quiet_imports():
     from megatron.pruning.training.flags import add_defaults, flags_refused, refuse_impossible, refuse_without_libraries
     from megatron.pruning.training.local_layers import gpt_config
     from megatron.pruning.training.megatron_patches import applied, while_parsing, while_training
-    from megatron.pruning.training.strict_loading import carry_files, one_sentence, require_checkpoint, source_of
+    from megatron.pruning.training.strict_loading import carry_files, require_checkpoint, take_arguments
 
 
 def main(argv: Sequence[str]) -> None:
@@ -86,9 +86,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
         args.create_attention_mask_in_dataloader = True
     require_checkpoint(args)
     if args.use_checkpoint_args:
-        with one_sentence(source_of(args)):
-            checkpointing.load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-            checkpointing.load_args_from_checkpoint(args)
+        take_arguments(args)
     refuse_impossible(args)
     with flags_refused():
         validate_args(args)

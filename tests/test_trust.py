@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, check_model, convert, make_llama, rank_file, rewritten, run, set_config
+from helpers import ROOT, check_model, convert, load_whole, make_llama, rank_file, rewritten, run, set_config
 from safetensors.torch import load_file, save_file
 from stock_loop import StockLoop
 
@@ -124,6 +125,60 @@ def test_the_training_refuses_them_before_the_stock_loader_reads(gqa: Path, tmp_
     done = StockLoop(tmp_path).run("evil", words)
     assert done.code == 1 and "holds more than data" in done.error
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pipe_among_the_files_is_not_waited_for(gqa: Path, tmp_path: Path) -> None:
+    folder = convert(gqa, tmp_path / "dist", format="torch_dist") / "release"
+    weights = next(folder.glob("*.distcp"))
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(ValueError, match=rf"names {weights.name}, which is not there or is no file"):
+        require_harmless(folder)
+
+
+def without_a_chunk(path: Path) -> None:
+    """Let `.metadata` name one chunk less of a weight, whose rows torch would leave as they were drawn."""
+    content = pickle.loads((path / "release/.metadata").read_bytes())
+    content.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop()
+    (path / "release/.metadata").write_bytes(pickle.dumps(content))
+
+
+def argument(name: str, value: Any) -> Callable[[Path], None]:
+    """Return a change that says something else in an argument that is saved with the weights."""
+
+    def apply(path: Path) -> None:
+        content = load_whole(path / "release/common.pt")
+        setattr(content["args"], name, value)
+        torch.save(content, path / "release/common.pt")
+
+    return apply
+
+
+@pytest.mark.slow
+def test_what_a_checkpoint_says_of_its_model_is_believed_only_as_a_flag_could_say_it(gqa: Path, tmp_path: Path) -> None:
+    changes: dict[str, tuple[Callable[[Path], None], str]] = {
+        "spec": (argument("spec", ["antigravity", "fly"]), "note: --spec is taken from the command line alone"),
+        "text": (argument("num_attention_heads", "rope"), "has 'rope' for num_attention_heads, which cannot be meant"),
+        "huge": (argument("hidden_size", 1 << 24), r"says that it has [\d,]+ weights or more in [\d,]+ bytes"),
+        "call": (argument("norm_epsilon", Call(set, 1)), "checkpoint in call: 'int' object is not iterable"),
+        "hole": (without_a_chunk, "the chunks of decoder.layers.mlp.linear_fc2.weight do not make up its shape"),
+    }
+    words = (
+        "--use-checkpoint-args --finetune --mock-data --tokenizer-type NullTokenizer --vocab-size 100 --seq-length 16 "
+    )
+    words += "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --lr-warmup-iters 0 --eval-iters 0"
+    for name, (change, _) in changes.items():
+        change(convert(gqa, tmp_path / name, format="torch_dist"))
+    cases = [{"name": name, "words": f"--load {name} {words}".split(), "ranks": 1} for name in changes]
+    for name, done in StockLoop(tmp_path).run_all(cases).items():
+        assert re.search(changes[name][1], done.log if name == "spec" else done.error), done.log[-2000:]
+        assert done.code == (name != "spec")
+
+
+@pytest.mark.slow
+def test_a_broken_checkpoint_is_refused_by_the_training_or_loaded_whole(tmp_path: Path) -> None:
+    few = {"name": "few", "program": "fuzz_training", "words": [str(tmp_path / "few"), "1"], "ranks": 1}
+    StockLoop(tmp_path).run_all([few])["few"].ok()
 
 
 # What lies beside ----------------------------------------------------------------------------------------------------

@@ -51,11 +51,13 @@ def require_harmless(folder: Path) -> None:
     """
     if (folder / METADATA).is_file():
         _check(folder / METADATA, read_small(folder / METADATA, MAX_HEADER_BYTES))
-        for name, entry in read_metadata(folder).items():
+        entries = read_metadata(folder)
+        for path in sorted({chunk.path for entry in entries.values() for chunk in entry.chunks.values()}):
+            if not path.is_file():  # a pipe would be waited for without end
+                raise ValueError(f"{folder / METADATA} names {path.name}, which is not there or is no file")
+        for name, entry in entries.items():
             if entry.shape is None or _EXTRA_STATE in name:  # tensors are never unpickled: torch reads their bytes
                 for chunk in entry.chunks.values():
-                    if not chunk.path.is_file():
-                        raise ValueError(f"{folder / METADATA} names {chunk.path.name}, which is not there")
                     _check_saved(Window(File(chunk.path), chunk.start, chunk.length), name)
     for path in sorted(folder.rglob("*.pt")):
         _check_saved(Window(File(path)), "")

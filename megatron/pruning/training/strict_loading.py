@@ -5,17 +5,21 @@ checkpoint at all. Each of these is a ValueError of one sentence here. (megatron
 """
 
 import argparse
+import bisect
 import contextlib
+import math
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.training import get_args
+from megatron.training import checkpointing, get_args
+from megatron.training.arguments import add_megatron_arguments
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
 
@@ -33,9 +37,11 @@ from megatron.pruning.formats.megatron import (
     tracked_iteration,
 )
 from megatron.pruning.model.checkpoint import PLAN_FILE, carried_files_of, require_inside
-from megatron.pruning.storage.dcp_file import METADATA
+from megatron.pruning.storage.dcp_file import METADATA, Chunk, read_metadata
 from megatron.pruning.storage.harmless import require_harmless
 from megatron.pruning.storage.small_files import read_small, replace_durably
+
+MOST_CELLS = 1 << 24  # of the grid on which the chunks of a weight are looked at: a layer has one or a few a rank
 
 # How the stock scheduler refuses to resume a run under other flags.
 _SCHEDULE = re.compile(
@@ -137,6 +143,57 @@ def carry_files(args: argparse.Namespace) -> None:
             replace_durably(target, content)
 
 
+# What a checkpoint may say of its model ---------------------------------------------------------------------------
+
+# What these name is imported or opened; only the command line may have that done.
+_COMMANDS = ("spec", "heterogeneous_layers_config_path")
+
+
+def take_arguments(args: argparse.Namespace) -> None:
+    """Let the checkpoint to load say what its model is, as --use-checkpoint-args asks for.
+
+    The stock loader puts whatever the checkpoint holds in the place of flags. Raises ValueError for a value that its
+    flag could not have, and for a model that the files are too small for.
+    """
+    before = dict(vars(args))
+    source = source_of(args)
+    with one_sentence(source):
+        checkpointing.load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+        checkpointing.load_args_from_checkpoint(args)
+    for name in _COMMANDS:
+        if getattr(args, name) != before[name]:
+            print_rank_0(f"note: --{name.replace('_', '-')} is taken from the command line alone")
+            setattr(args, name, before[name])
+    flags = {action.dest: action for action in add_megatron_arguments(argparse.ArgumentParser())._actions}
+    for name, value in vars(args).items():
+        if value is not None and value is not before.get(name) and not _fits(flags.get(name), value):
+            raise ValueError(f"the checkpoint in {source} has {str(value)[:40]!r} for {name}, which cannot be meant")
+    if source is not None:
+        _refuse_larger_than_files(args, source)
+
+
+def _fits(flag: argparse.Action | None, value: Any) -> bool:
+    """Return whether a flag could have this value; one that there is no flag for is a whole number."""
+    if flag is not None and flag.choices is not None:
+        return value in flag.choices if isinstance(value, str | int) else False
+    if flag is not None and flag.nargs == 0:
+        return type(value) is bool
+    if flag is None or flag.type is int or flag.type is float:
+        whole = flag is None or flag.type is int
+        return type(value) in (int, float) and 0 <= value < 1 << 31 and (not whole or value == int(value))
+    return isinstance(value, str) if flag.type in (None, str) and flag.nargs is None else True
+
+
+def _refuse_larger_than_files(args: argparse.Namespace, source: Path) -> None:
+    """Raise ValueError where the weights that every layer has would be more than the files have bytes."""
+    hidden, layers, heads = args.hidden_size or 0, args.num_layers or 0, args.num_attention_heads or 0
+    widths = (args.ffn_hidden_size or hidden, heads * (args.kv_channels or 0))
+    weights = hidden * (args.padded_vocab_size or 0) + layers * hidden * max(widths)
+    size = sum(file.stat().st_size for file in iteration_of(args, source).rglob("*") if file.is_file())
+    if weights > size:
+        raise ValueError(f"the checkpoint in {source} says that it has {weights:,} weights or more in {size:,} bytes")
+
+
 # While the files are read ----------------------------------------------------------------------------------------
 
 
@@ -235,7 +292,38 @@ def checked_dist_load(
     stored = dist_checkpointing.load_tensors_metadata(directory)
     found = {name: tuple(tensor.global_shape) for name, tensor in stored.items() if not _OPTIMIZER.match(name)}
     _compare(source, expected, found)
+    _refuse_holes(Path(directory), expected)
     return load(wanted, directory, *rest, **kw)
+
+
+def _refuse_holes(folder: Path, expected: Container[str]) -> None:
+    """Raise ValueError unless the chunks of every weight cover it: torch leaves what none has as it was."""
+    for name, entry in read_metadata(folder).items():
+        if name in expected and entry.shape is not None and not _is_covered(entry.shape, entry.chunks.values()):
+            raise ValueError(f"{folder / METADATA}: the chunks of {name} do not make up its shape {entry.shape}")
+
+
+def _is_covered(shape: tuple[int, ...], chunks: Collection[Chunk]) -> bool:
+    """Return whether chunks cover a shape, on the grid of their own edges."""
+    if not all(len(chunk.offsets) == len(chunk.sizes) == len(shape) for chunk in chunks):
+        return False
+    edges = []
+    for dimension, whole in enumerate(shape):
+        starts = {chunk.offsets[dimension] for chunk in chunks}
+        stops = {chunk.offsets[dimension] + chunk.sizes[dimension] for chunk in chunks}
+        edges.append(sorted({0, whole, *starts, *stops}))
+    if any(edge[-1] > whole for edge, whole in zip(edges, shape, strict=True)):
+        return False
+    if math.prod(map(len, edges)) > MOST_CELLS:  # no layout cuts a weight like that
+        return False
+    covered = np.zeros([len(edge) - 1 for edge in edges], dtype=bool)
+    for chunk in chunks:
+        box = [
+            slice(bisect.bisect_left(edge, start), bisect.bisect_left(edge, start + size))
+            for edge, start, size in zip(edges, chunk.offsets, chunk.sizes, strict=True)
+        ]
+        covered[tuple(box)] = True
+    return bool(covered.all())
 
 
 def _compare(source: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
@@ -254,5 +342,11 @@ def _weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _first_line(error: object) -> str:
+    """Return what an error says in one line, and not how torch would have a file run instead."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    # Below the advice stands what was wrong, on that line or after empty ones.
+    if told := re.search(r"(?s:.*)(?:WeightsUnpickler error:|from a trusted source\.)\s+(.+)", str(error)):
+        return told[1].split(". Please use")[0]
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].split(". This is an internal miniz error")[0] if lines else type(error).__name__
