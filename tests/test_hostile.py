@@ -1,18 +1,21 @@
 """No checkpoint, however broken or malicious, runs code, hangs, fills the memory or is read wrongly in silence.
 
-fuzz_checkpoints.py breaks checkpoints at random; some of it runs here. What it has found stays by name in
+fuzz.py breaks at random what users give; some of it runs here. What it has found stays by name in
 test_damaged_checkpoints.py.
 """
 
 import collections
+import importlib
 import os
 import pickle
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 
 import pytest
+from fuzz import KINDS
 from fuzz_checkpoints import Fuzzer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -42,6 +45,22 @@ def test_a_broken_checkpoint_is_refused_in_a_sentence_or_read_right(fuzzer: Fuzz
 @given(random=st.randoms(use_true_random=False))
 def test_a_command_on_a_broken_file_ends_in_a_sentence_or_well(fuzzer: Fuzzer, random: Random) -> None:
     fuzzer.command(random)
+
+
+@pytest.mark.slow
+@settings(max_examples=10, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(random=st.randoms(use_true_random=False))
+def test_a_broken_field_of_a_format_ends_in_a_sentence_or_well(fuzzer: Fuzzer, random: Random) -> None:
+    fuzzer.field(random)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind,count", [("tokens", 4), ("text", 3), ("disks", 3), ("processes", 1)])
+def test_a_few_cases_of_each_kind_in_processes_of_their_own(tmp_path: Path, kind: str, count: int) -> None:
+    module, name, method = KINDS[kind]
+    driver = getattr(importlib.import_module(module), name)(tmp_path)
+    for number in range(count):
+        getattr(driver, method)(Random(f"suite {number}"))
 
 
 def test_a_pickle_of_endless_opcodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
