@@ -42,13 +42,14 @@ from megatron.pruning.cli.flags import (
     layout_from_flags,
     natural,
     new_parser,
+    options_from_flags,
     save_as_asked,
     say_source,
     set_vocabulary,
 )
 from megatron.pruning.cli.pruning_flags import plan_from_flags, shapes_from_flags
 from megatron.pruning.cli.reconstruction import Reconstructor, add_reconstruction_flags, check_reconstruction_flags
-from megatron.pruning.formats import FORMATS, check_target, open_checkpoint, save_checkpoint
+from megatron.pruning.formats import FORMATS, check_save, check_target, open_checkpoint, save_checkpoint
 from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.model.hf_config import hf_export_problem
@@ -184,7 +185,8 @@ def main(argv: Sequence[str]) -> None:
     shape = shapes[args.shape - 1] if shapes else None
     if args.reconstruct:
         world = World.from_environment()
-        work = Reconstructor(args, args.data_path, parent, world)
+        hidden = shape.sizes["hidden"] if shape else args.hidden_remain or parent.config.hidden_size
+        work = Reconstructor(args, "--data-path", parent, hidden, world)
         plan = plan_from_flags(args, parent, layout, shape, work.scores)
     else:
         plan = plan_from_flags(args, parent, layout, shape)
@@ -198,6 +200,7 @@ def main(argv: Sequence[str]) -> None:
     if not args.plan_only:
         beside = {PLAN_FILE: plan.to_json().encode()}
         if work is not None:
+            check_save(model, args.save, args.format, options_from_flags(args, layout))
             model, report = work.run(plan)
             beside |= report
         save_as_asked(model, args, layout, world, beside)
@@ -277,7 +280,8 @@ def absolute(save: Path) -> Path:
 
 def command() -> None:
     """Run as the installed command does."""
-    run(main)
+    goes_on = any(word.startswith("--reconstruct") for word in sys.argv)
+    run(main, left="the same command goes on where it was" if goes_on else "nothing was left behind")
 
 
 if __name__ == "__main__":

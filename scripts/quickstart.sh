@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The main job on the embedded model, start to end: convert, prune to half, train on, merge, export, generate, compare.
+# The main job on the embedded model, start to end: convert, prune to half and reconstruct, train on, merge, export,
+# generate, compare.
 # Every step is one of the project's scripts with its defaults. A few minutes on two CPU cores; run it again to start over.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -20,7 +21,7 @@ source "$HERE/scripts/common.sh"
 [ -n "$TP" ] || TP=$([ "$(count_gpus)" = 1 ] && echo 1 || echo 2)
 say() { printf '\n== %s\n' "$*"; }
 
-say "1/8 text: Python's standard library as tokens"
+say "1/9 text: Python's standard library as tokens"
 "$PYTHON" "$ROOT/assets/make_tiny_llama.py" --data-only "$RUNS/data"
 for part in train valid; do
     "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$RUNS/data/$part.jsonl" --output-prefix "$RUNS/data/$part" \
@@ -28,33 +29,38 @@ for part in train valid; do
         --workers 2
 done
 
-say "2/8 convert: Hugging Face -> Megatron, tensor parallel $TP"
+say "2/9 convert: Hugging Face -> Megatron, tensor parallel $TP"
 bash "$ROOT/tools/checkpoint_conversion/hf_to_megatron.sh" --overwrite
 
-say "3/8 prune: to about half the parameters"
-bash "$ROOT/scripts/prune_llama.sh" --overwrite
+say "3/9 cut: to about half the parameters, at random"
+SAVE_PATH="$RUNS/cut" bash "$ROOT/scripts/prune_llama.sh" --overwrite
 
-say "4/8 train on: $TRAIN_ITERS steps of the stock Megatron loop (log: $RUNS/train.log)"
+say "4/9 prune with text: the same shape, what is kept is chosen and refitted by what the model reads"
+DATA_PATH="$RUNS/data/train_text_document" DROP_LAYERS='' bash "$ROOT/scripts/prune_llama.sh" --overwrite \
+    --num_layers_remain 6 --rotate-hidden --sequences 128 --sequence-length 256
+
+say "5/9 train on: $TRAIN_ITERS steps of the stock Megatron loop (log: $RUNS/train.log)"
 rm -rf "$RUNS/recovered"
 bash "$ROOT/scripts/check_model.sh" 2>&1 | tee "$RUNS/train.log" | sed -unE \
     -e 's/.*(iteration +[0-9]+\/ *[0-9]+) .*(lm loss: [^ ]+).*/\1   \2/p' \
     -e 's/.*(validation loss at iteration [0-9]+) \| lm loss value: ([^ ]+).*/\1: \2/p' -e '/error: /p' ||
     die "training failed: see $RUNS/train.log"
 
-say "5/8 transfer: tensor parallel $TP -> 1"
+say "6/9 transfer: tensor parallel $TP -> 1"
 TP=1 bash "$ROOT/scripts/transfer.sh" --overwrite
 
-say "6/8 export: Megatron -> Hugging Face"
+say "7/9 export: Megatron -> Hugging Face"
 bash "$ROOT/tools/checkpoint_conversion/megatron_to_hf.sh" --dtype bf16 --overwrite
 
-say "7/8 generate, with transformers"
+say "8/9 generate, with transformers"
 "$PYTHON" "$ROOT/tools/generate.py" --load "$RUNS/recovered-hf" --prompt 'def __init__(self, ' --prompt 'import '
 
-say "8/8 compare: validation loss"
+say "9/9 compare: validation loss"
 "$PYTHON" "$ROOT/tools/evaluate.py" --data "$RUNS/data/valid_text_document" --sequence-length 256 --max-tokens 65536 \
-    --load "$ROOT/assets/tiny-llama" --load "$RUNS/pruned" --load "$RUNS/recovered-hf" --json "$RUNS/losses.json"
-read -r parent pruned < <("$PYTHON" -c "
+    --load "$ROOT/assets/tiny-llama" --load "$RUNS/cut" --load "$RUNS/pruned" --load "$RUNS/recovered-hf" \
+    --json "$RUNS/losses.json"
+read -r parent cut pruned < <("$PYTHON" -c "
 import json, sys
-print(*(f\"{run['loss']:.4f}\" for run in json.load(open(sys.argv[1]))[:2]))" "$RUNS/losses.json")
+print(*(f\"{run['loss']:.4f}\" for run in json.load(open(sys.argv[1]))[:3]))" "$RUNS/losses.json")
 "$PYTHON" "$ROOT/tools/plot_loss.py" --run "recovered=$RUNS/recovered/tensorboard" --line "parent=$parent" \
-    --line "pruned=$pruned" --title "tiny-llama, pruned to half and trained on" --output "$RUNS/loss.png"
+    --line "cut at random=$cut" --line "pruned with text=$pruned" --title "tiny-llama, pruned to half and trained on" --output "$RUNS/loss.png"

@@ -110,7 +110,10 @@ if __name__ == "__main__":
     tools = Path(__file__).resolve().parents[1] / "tools"
     sys.path += [str(tools), str(tools / "checkpoint_conversion")]
     # Before the forks, which then have them: the loop, and what each rank would import for a second.
-    for module in ("pretrain_gpt", "score_importance", "megatron.core.tokenizers.text"):
+    ours = "megatron.pruning.training"
+    for module in ("pretrain_gpt", "score_importance", f"{ours}.record_scores", f"{ours}.reconstruct_checkpoint"):
+        importlib.import_module(module)
+    for module in ("megatron.core.tokenizers.text", "matplotlib.pyplot"):
         importlib.import_module(module)
 
     for line in sys.stdin:

@@ -16,7 +16,18 @@ from helpers import ROOT
 from megatron.pruning.cli.flags import megatron_flags
 
 # In this order the commands run: each page may use what those before it have made.
-PAGES = ("convert", "prune", "recover", "choose", "reconstruct", "shapes", "performance", "clusters", "how-it-works", "extend")
+PAGES = (
+    "convert",
+    "prune",
+    "recover",
+    "choose",
+    "reconstruct",
+    "shapes",
+    "performance",
+    "clusters",
+    "how-it-works",
+    "extend",
+)
 CHINESE = {"README": ROOT / "README.md", **{page: ROOT / "docs" / "zh" / f"{page}.md" for page in PAGES}}
 ENGLISH = {"README": ROOT / "README_EN.md", **{page: ROOT / "docs" / "en" / f"{page}.md" for page in PAGES}}
 BOTH = [*CHINESE.values(), *ENGLISH.values()]
@@ -201,7 +212,8 @@ def test_every_command_runs_in_the_order_of_the_pages(fresh: Path) -> None:
     done = subprocess.run(["bash", "-xc", script], cwd=fresh, env=environment, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
-    made = "parent parent-hf pruned pruned-7 narrow recovered distilled recovered-tp1 recovered-hf loss.png chosen half reconstructed"
+    made = "parent parent-hf pruned pruned-7 narrow recovered distilled recovered-tp1 recovered-hf loss.png chosen half"
+    made += " reconstructed pruned-reconstructed"
     assert [name for name in made.split() if not (fresh / "runs" / name).exists()] == []
 
 

@@ -23,6 +23,7 @@ from megatron.pruning.cli.flags import (
     hyphenated,
     layout_from_flags,
     new_parser,
+    options_from_flags,
     refuse_idle_layout,
     save_as_asked,
     say_source,
@@ -30,8 +31,9 @@ from megatron.pruning.cli.flags import (
 )
 from megatron.pruning.cli.pruning_flags import read_plan
 from megatron.pruning.cli.reconstruction import Reconstructor, add_reconstruction_flags
-from megatron.pruning.formats import check_target, open_checkpoint
+from megatron.pruning.formats import check_save, check_target, open_checkpoint
 from megatron.pruning.model.checkpoint import PLAN_FILE
+from megatron.pruning.plan.pruned import Pruned
 from megatron.pruning.storage.processes import World
 
 
@@ -58,7 +60,8 @@ def main(argv: Sequence[str]) -> None:
     world = World.from_environment()
     if world.rank == 0:
         say_source(parent)
-    work = Reconstructor(args, args.data, parent, world)
+    check_save(Pruned(parent, plan), args.save, args.format, options_from_flags(args, layout))
+    work = Reconstructor(args, "--data", parent, plan.sizes["hidden"], world)
     model, report = work.run(plan)
     save_as_asked(model, args, layout, world, beside={PLAN_FILE: plan.to_json().encode(), **report})
     work.close()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.pruning.formats import FORMATS, save_checkpoint
+from megatron.pruning.formats.format import SaveOptions
 from megatron.pruning.formats.megatron import LOCAL, TE
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.config import LlamaConfig
@@ -132,6 +133,11 @@ def say_source(source: Checkpoint) -> None:
             "padding or not; give --vocab-size",
             file=sys.stderr,
         )
+
+
+def options_from_flags(args: argparse.Namespace, layout: Layout) -> SaveOptions:
+    """Return how the flags of `add_checkpoint_flags` want a checkpoint saved."""
+    return SaveOptions(layout, args.dtype, args.transformer_impl)
 
 
 def save_as_asked(

@@ -65,6 +65,18 @@ def check_reconstruction_flags(args: argparse.Namespace, parser: argparse.Argume
             raise ValueError(f"--{name.replace('_', '-')} is for a reconstruction: add --reconstruct")
 
 
+def check_tie(args: argparse.Namespace, parent: Checkpoint, hidden: int) -> None:
+    """Raise ValueError where the output layer must be untied and is not to be, or is untied already."""
+    config = parent.config
+    if args.untie and not config.tied:
+        raise ValueError(f"--untie: the output layer of {parent.path} has weights of its own already; leave it out")
+    if args.rotate_hidden and config.tied and not args.untie:
+        raise ValueError(
+            f"--rotate-hidden needs an output layer of its own, but that of {parent.path} is its embedding: add "
+            f"--untie, which costs {config.vocab_size * hidden:,} parameters"
+        )
+
+
 def ridge(text: str) -> float:
     """Read a ridge."""
     try:
@@ -77,19 +89,25 @@ def ridge(text: str) -> float:
 
 
 class Reconstructor:
-    """The text that the flags name, and what is done with it, in a directory of its own beside --save."""
+    """The text that a flag names, and what is done with it, in a directory of its own beside --save.
 
-    def __init__(self, args: argparse.Namespace, text: Sequence[str], parent: Checkpoint, world: World) -> None:
+    Raises ValueError for a text that is not there or not the model's, and for flags that do not fit the model; `hidden`
+    is the hidden size that is to remain.
+    """
+
+    def __init__(self, args: argparse.Namespace, flag: str, parent: Checkpoint, hidden: int, world: World) -> None:
         from megatron.pruning.training import cpu_device
         from megatron.pruning.training.calibration import calibration
 
         self.args, self.parent, self.world = args, parent, world
+        check_tie(args, parent, hidden)
+        text: Sequence[str] = getattr(args, flag.lstrip("-").replace("-", "_"))
         positions = parent.config.max_position_embeddings
         length = args.sequence_length or min(positions, LONGEST)
         if length > positions:
             raise ValueError(f"--sequence-length {length} is more than the {positions} positions of {args.load}")
         cpu_device.install()
-        self.calibration = calibration(text, length, args.sequences, parent)
+        self.calibration = calibration(text, length, args.sequences, parent, flag)
         self.work: Path = args.save.with_name(f".{args.save.name}.reconstruction")
         self._join()
         if world.rank == 0:

@@ -55,6 +55,12 @@ def check_target(path: Path, overwrite: bool) -> None:
     output.check_target(path, overwrite, _marks())
 
 
+def check_save(checkpoint: Checkpoint, path: Path, format: str, options: SaveOptions) -> None:
+    """Raise ValueError where `save_checkpoint` would, before anything is written: for what takes long until then."""
+    _check_apart(checkpoint, path)
+    FORMATS[format].write(checkpoint, options)
+
+
 def save_checkpoint(
     checkpoint: Checkpoint,
     path: Path,

@@ -46,34 +46,37 @@ class Calibration:
         return [Stretch(number, *portion) for number, portion in enumerate(found)]
 
 
-def calibration(blend: Sequence[str], length: int, sequences: int, checkpoint: Checkpoint) -> Calibration:
+def calibration(
+    blend: Sequence[str], length: int, sequences: int, checkpoint: Checkpoint, flag: str = "--data"
+) -> Calibration:
     """Return about `sequences` windows to learn from, of several texts by weight, and a ninth as many held out.
 
     `blend` is one text, several, or weights and texts in turns, as in `0.7 a 0.3 b`; a text is what `windows` takes.
+    `flag` is the one that named them.
 
     Raises ValueError for a blend that cannot be meant, and for texts that `windows` refuses.
     """
-    tokens, held_out, shares = [], [], parse_blend(blend)
+    tokens, held_out, shares = [], [], parse_blend(blend, flag)
     for text, share in shares.items():
         wanted = max(1, round(sequences * share))
-        found = windows(Path(text), length, wanted + -(-wanted // HELD_OUT), checkpoint, spread=True)
+        found = windows(Path(text), length, wanted + -(-wanted // HELD_OUT), checkpoint, True, flag)
         if len(found) < 2:
-            raise ValueError(f"--data-path {text} has one sequence of {length} tokens: two are needed, one held out")
+            raise ValueError(f"{flag} {text} has one sequence of {length} tokens: two are needed, one held out")
         tokens.append(found)
         held_out.append(np.arange(len(found)) % (HELD_OUT + 1) == min(HELD_OUT, len(found) - 1))
     return Calibration(np.concatenate(tokens), np.concatenate(held_out), shares)
 
 
-def parse_blend(blend: Sequence[str]) -> dict[str, float]:
+def parse_blend(blend: Sequence[str], flag: str) -> dict[str, float]:
     """Return the share of each text. Raises ValueError where it is not clear what is meant."""
     if len(blend) % 2 == 0 and all(_is_number(word) for word in blend[::2]):
         weights = dict(zip(blend[1::2], map(float, blend[::2]), strict=True))
         if len(weights) * 2 != len(blend) or not all(0 < weight < float("inf") for weight in weights.values()):
-            raise ValueError(f"--data-path {' '.join(blend)}: each text once, with a weight above 0")
+            raise ValueError(f"{flag} {' '.join(blend)}: each text once, with a weight above 0")
     elif len(set(blend)) == len(blend) and not any(_is_number(word) for word in blend):
         weights = dict.fromkeys(blend, 1.0)
     else:
-        raise ValueError(f"--data-path {' '.join(blend)}: name texts, or weights and texts in turns: 0.7 a 0.3 b")
+        raise ValueError(f"{flag} {' '.join(blend)}: name texts, or weights and texts in turns: 0.7 a 0.3 b")
     return {text: weight / sum(weights.values()) for text, weight in weights.items()}
 
 

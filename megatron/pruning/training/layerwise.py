@@ -3,6 +3,7 @@
 Whatever the size of the model, memory holds one layer of it and a few thousand tokens.
 """
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,8 +109,12 @@ class States:
     def put(self, name: str, number: int, states: Tensor) -> None:
         """Keep the states of stretch `number`, `[sequence, batch, width]`."""
         self.folder.mkdir(exist_ok=True)
-        with self._path(name, number).open("wb") as file:
-            np.save(file, states.to(self.dtype).cpu().numpy(), allow_pickle=False)
+        path = self._path(name, number)
+        try:
+            with path.open("wb") as file:
+                np.save(file, states.to(self.dtype).cpu().numpy(), allow_pickle=False)
+        except OSError as error:  # numpy's has no name of a file, and may have no number
+            raise OSError(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
 
     def get(self, name: str, number: int) -> Tensor:
         """Return them."""

@@ -64,7 +64,7 @@ class LeastSquares:
 
     def __init__(self, calibration: Moments, held_out: Moments, ridge: float) -> None:
         self.calibration, self.held_out, self.ridge = calibration, held_out, ridge
-        self._factors: dict[float, Tensor] = {}
+        self._factors: dict[float, Tensor | None] = {}
 
     def fit(self, cut: Tensor, parent: Tensor | None = None) -> Fit:
         """Return the weight W that minimises the sum of |W u - y|^2 plus ridge * |W - cut|^2.
@@ -89,19 +89,23 @@ class LeastSquares:
         wanted, before = (ours.wanted, theirs.wanted), (ours.before, theirs.before)
         ridge = self.ridge
         while ridge <= LARGEST:
-            change = torch.cholesky_solve(ours.missing.T, self._factor(ridge)).T
-            after = ours.after(change), theirs.after(change)
-            if after[1] <= before[1] and after[0] <= before[0]:
-                return Fit(cut + change, ridge, wanted, before, after)
+            factor = self._factor(ridge)
+            if factor is not None:
+                change = torch.cholesky_solve(ours.missing.T, factor).T
+                after = ours.after(change), theirs.after(change)
+                if after[1] <= before[1] and after[0] <= before[0]:
+                    return Fit(cut + change, ridge, wanted, before, after)
             ridge = max(ridge, 1e-6) * GROWTH
         return Fit(cut, math.inf, wanted, before, before)
 
-    def _factor(self, ridge: float) -> Tensor:
+    def _factor(self, ridge: float) -> Tensor | None:
+        """Return the Cholesky factor of the inputs' moments plus the ridge, None where rounding makes it fail."""
         if ridge not in self._factors:
             inputs = self.calibration.inputs
             squares = inputs.diagonal()
             pull = max(ridge * float(squares.mean()), _ROUNDING * float(squares.max()), 1e-300)
-            self._factors[ridge] = torch.linalg.cholesky(inputs + pull * torch.eye(len(inputs)).to(inputs))
+            factor, failed = torch.linalg.cholesky_ex(inputs + pull * torch.eye(len(inputs)).to(inputs))
+            self._factors[ridge] = None if failed else factor
         return self._factors[ridge]
 
 

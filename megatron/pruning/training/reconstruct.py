@@ -189,6 +189,11 @@ class Reconstruction:
         """
         for sums in moments.values():
             self.text.add_up(sums.inputs, sums.cross, sums.targets)
+            if not math.isfinite(float(sums.inputs.trace() + sums.targets.trace())):
+                where = "after the layers" if layer is None else f"in layer {layer}"
+                raise ValueError(
+                    f"{self.parent.path} gives NaN or infinite numbers on this text, at {names[0]} {where}"
+                )
         if squares is not None:
             self.text.add_up(squares)
         solver = LeastSquares(moments[False], moments[True], self.options.ridge)

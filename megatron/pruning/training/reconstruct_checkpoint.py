@@ -49,7 +49,6 @@ class Job:
         folder: Path,
         world: World,
     ) -> None:
-        check_tie(parent, plan, options)
         self.parent, self.plan, self.text, self.options, self.dtype = parent, plan, text, options, dtype
         self.folder, self.world = folder, world
         numbers = [stretch.number for stretch in text.stretches()]
@@ -110,8 +109,10 @@ class Job:
             dtype = self.parent.weight(row, int(self.plan.layers[layer or 0]) if row.per_layer else None).dtype
         rounded = weight.to(getattr(torch, TORCH_NAMES[dtype]))
         if not torch.isfinite(rounded).all():
-            where = "after the layers" if layer is None else f"of layer {layer}"
-            raise ValueError(f"the reconstructed {name} {where} is not finite in {dtype}: choose bf16 or fp32")
+            where = f"the reconstructed {name}" + ("" if layer is None else f" of layer {layer}")
+            if torch.isfinite(weight).all():
+                raise ValueError(f"{where} does not fit {dtype}: choose bf16 or fp32")
+            raise ValueError(f"{where} has NaN or infinities, as has {self.parent.path}")
         return rounded
 
     def _write(self, name: str, layer: int | None, weights: Weights) -> None:
@@ -205,19 +206,6 @@ class Job:
 def _number(ridge: float) -> float | None:
     """Return a ridge as JSON can hold it."""
     return ridge if math.isfinite(ridge) else None
-
-
-def check_tie(parent: Checkpoint, plan: Plan, options: Options) -> None:
-    """Raise ValueError where the output layer must be untied and was not, or is already."""
-    config = parent.config
-    if options.untie and not config.tied:
-        raise ValueError(f"--untie: the output layer of {parent.path} has weights of its own already; leave it out")
-    if options.rotate and config.tied and not options.untie:
-        cost = config.vocab_size * plan.sizes["hidden"]
-        raise ValueError(
-            f"--rotate-hidden needs an output layer of its own, which {parent.path} has not (its embedding serves for "
-            f"both): add --untie, which costs {cost:,} parameters"
-        )
 
 
 def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

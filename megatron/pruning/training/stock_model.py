@@ -4,6 +4,7 @@ The layers are the local ones (local_layers.py), whose norms and linears are mod
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -73,9 +74,6 @@ def build(checkpoint: Checkpoint, layout: Layout, dtype: str) -> GPTModel:
 
 def watched_model(config: LlamaConfig, layout: Layout, dtype: str) -> GPTModelConfig:
     """Return the configuration of a model that is only looked at: of local layers, without any fused kernel."""
-    parser = add_megatron_arguments(argparse.ArgumentParser())
-    if cpu_device.is_installed():
-        cpu_device.add_defaults(parser)
     own = {
         "params_dtype": getattr(torch, TORCH_NAMES[dtype]),
         "bf16": dtype == "bf16",
@@ -87,9 +85,19 @@ def watched_model(config: LlamaConfig, layout: Layout, dtype: str) -> GPTModelCo
         **dict.fromkeys(("bias_swiglu_fusion", "bias_dropout_fusion"), False),
         "no_persist_layer_norm": True,
     }
-    built = model_config(config, layout, parser.parse_args([]), own)
+    built = model_config(config, layout, _defaults(), own)
     built.finalize()
     return built
+
+
+@functools.cache
+def _defaults() -> argparse.Namespace:
+    """Return Megatron's defaults for this device; making its parser takes longer than making a layer."""
+    parser = add_megatron_arguments(argparse.ArgumentParser())
+    if cpu_device.is_installed():
+        cpu_device.add_defaults(parser)
+    defaults: argparse.Namespace = parser.parse_args([])
+    return defaults
 
 
 def model_config(

@@ -15,26 +15,28 @@ from megatron.pruning.training.hf_model import tokenizer_of
 Tokens = NDArray[np.int64]
 
 
-def windows(data: Path, length: int, most: int, checkpoint: Checkpoint, spread: bool = False) -> Tokens:
+def windows(
+    data: Path, length: int, most: int, checkpoint: Checkpoint, spread: bool = False, flag: str = "--data"
+) -> Tokens:
     """Return at most `most` windows, `[windows, length + 1]`; each begins with the last token of the one before.
 
     `data` is the prefix of a .bin and .idx, or a .jsonl file with a string under "text" in every line, which the
     tokenizer of `checkpoint` turns into tokens, with the end-of-text token after each. With `spread` the windows are
-    taken evenly from all of a .bin, and not from its start.
+    taken evenly from all of a .bin, and not from its start. `flag` is the one that named the data.
 
     Raises ValueError when there is no such data, too little of it, or a token that the model does not have.
     """
     wanted = length * most + 1
-    tokens = _from_jsonl(data, wanted, checkpoint) if data.suffix == ".jsonl" else open_text(data, "--data").tokens
+    tokens = _from_jsonl(data, wanted, checkpoint, flag) if data.suffix == ".jsonl" else open_text(data, flag).tokens
     number = min((len(tokens) - 1) // length, most)
     if number < 1:
-        raise ValueError(f"--data {data} has {len(tokens)} tokens: fewer than one window of {length + 1}")
+        raise ValueError(f"{flag} {data} has {len(tokens)} tokens: fewer than one window of {length + 1}")
     step = ((len(tokens) - 1) // length) // number if spread else 1
     found = np.stack([tokens[i : i + length + 1] for i in range(0, number * step * length, step * length)])
     odd = found[(found < 0) | (found >= checkpoint.config.vocab_size)]
     if len(odd):
         raise ValueError(
-            f"--data {data} holds token {odd[0]}, but {checkpoint.path} has a vocabulary of "
+            f"{flag} {data} holds token {odd[0]}, but {checkpoint.path} has a vocabulary of "
             f"{checkpoint.config.vocab_size}: it was made with another tokenizer"
         )
     return found.astype(np.int64)
@@ -136,10 +138,10 @@ def _tokens_in(index: _Index) -> int:
     return at
 
 
-def _from_jsonl(file: Path, wanted: int, checkpoint: Checkpoint) -> Tokens:
+def _from_jsonl(file: Path, wanted: int, checkpoint: Checkpoint, flag: str) -> Tokens:
     """Return the first `wanted` tokens of a .jsonl file, or a few more."""
     if not file.is_file():
-        raise ValueError(f"--data {file} is not a file")
+        raise ValueError(f"{flag} {file} is not a file")
     try:
         tokenizer = tokenizer_of(checkpoint)
     except ValueError as error:
@@ -153,7 +155,7 @@ def _from_jsonl(file: Path, wanted: int, checkpoint: Checkpoint) -> Tokens:
             if count >= wanted:
                 break
             if line.strip():
-                ids = tokenizer(_text_of(line, f"--data {file} line {number}"), add_special_tokens=False, verbose=False)
+                ids = tokenizer(_text_of(line, f"{flag} {file} line {number}"), add_special_tokens=False, verbose=False)
                 found.append(np.asarray(ids["input_ids"] + end, dtype=np.int64))
                 count += len(found[-1])
     return np.concatenate(found)
