@@ -6,7 +6,7 @@ The model is SmolLM2-135M (real_model.py), learned from is English, and measured
 another domain, Python code. An arm is one run of prune_llama.py and one of the evaluation; each is done once, and what
 is done is kept, so that the benchmark may be stopped and goes on where it was. `--only WORD` does the arms that have it
 in their names. Prints a table, and writes benchmarks/results/reconstruction.json, from which docs/tables.py makes the
-tables of docs/en/reconstruct.md.
+tables of docs/en/reconstruct.md, and draws assets/reconstruction.png.
 
 The results are JSON: `benchmark`, `machine`, `model`, `length` (tokens of a sequence), `parent` and `arms`: of each its
 `parameters`, `perplexity` on `english` and `code`, `sequences` that were learned from, and `seconds` of prune_llama.py.
@@ -136,12 +136,38 @@ class Bench:
         print(f"{name}: {result}", flush=True)
 
 
+def draw(file: Path, parent: dict[str, float], arms: dict[str, dict[str, float]]) -> None:
+    """Draw the perplexity of each arm on both texts; the parent's are lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.45 * len(arms)), layout="constrained")
+    for offset, text, label, color in (
+        (-0.2, "english", "English text", "tab:blue"), (0.2, "code", "Python code", "tab:orange"),
+    ):  # fmt: skip
+        places = [number + offset for number in range(len(arms))]
+        bars = axes.barh(places, [arm[text] for arm in arms.values()], 0.38, color=color, label=label)
+        axes.bar_label(bars, [f"{arm[text]:,.0f}" for arm in arms.values()], padding=3, fontsize=9)
+        axes.axvline(parent[text], color=color, linestyle="--", label=f"the parent: {parent[text]:.1f}")
+    axes.set_yticks(range(len(arms)), list(arms))
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(right=4 * max(arm[text] for arm in arms.values() for text in ("english", "code")))
+    axes.set_xlabel("perplexity, without a step of training")
+    axes.legend(loc="lower right", fontsize=9)
+    figure.savefig(file, dpi=100)
+    print(f"figure: {file}")
+
+
 def main() -> None:
     """Do what is left of the benchmark, and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "reconstruction", metavar="DIR")
     parser.add_argument("--only", default="", metavar="WORD", help="do the arms that have this in their names")
     parser.add_argument("--json", type=Path, default=RESULTS / "reconstruction.json", metavar="FILE")
+    parser.add_argument("--figure", type=Path, default=ROOT / "assets" / "reconstruction.png", metavar="PNG")
     args = parser.parse_args()
     bench = Bench(args.work_dir)
     if "parent" not in bench.results:
@@ -155,6 +181,7 @@ def main() -> None:
         rows.append([name, f"{one['parameters']:,}", *(f"{one[text]:.1f}" for text in ("english", "code")),
                      f"{one.get('seconds', 0):.0f}"])  # fmt: skip
     show(rows)
+    draw(args.figure, bench.results["parent"], done)
     write_results(
         args.json,
         {
