@@ -39,11 +39,15 @@ def main(argv: Sequence[str]) -> None:
         numbers = [stretch.number for stretch in text.stretches()]
         states = States(Path(folder), torch.float64, text.device, numbers)
         work = Reconstruction(parent, plan, text, options, states)
-        found = {None: work.start()} | {layer: work.layer(layer) for layer in range(len(plan.layers))}
+        found, fits = {None: work.start()}, {}
+        for layer in range(len(plan.layers)):
+            found[layer] = work.layer(layer)
+            fits |= {f"{name} {layer}": fit for name, fit in work.fits.items()}
         found[None] |= work.finish()
+        fits |= work.fits
     weights = {ROW[name].hf_key(layer): weight for layer, rows in found.items() for name, weight in rows.items()}
-    fits = {f"{name} {layer}": (fit.wanted, fit.before, fit.after) for (name, layer), fit in work.fits.items()}
-    torch.save({"weights": weights, "fits": fits}, job["save"])
+    sums = {name: (fit.wanted, fit.before, fit.after) for name, fit in fits.items()}
+    torch.save({"weights": weights, "fits": sums}, job["save"])
 
 
 def die_after(layers: int, words: Sequence[str]) -> None:

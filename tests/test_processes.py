@@ -5,13 +5,11 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from helpers import CONVERT, environment, make_llama, run, torchrun
+from helpers import environment
 
 from megatron.pruning.storage import processes
-from megatron.pruning.storage.manifest import verify
 from megatron.pruning.storage.processes import World
 
 PROGRAM = """
@@ -137,12 +135,3 @@ def test_a_left_over_environment_is_told_and_not_waited_for(
     with pytest.raises(ValueError, match=complaint):
         World.from_environment()
     assert time.monotonic() - begin < 20
-
-
-@pytest.mark.slow
-def test_more_processes_than_files_write_a_checkpoint(tmp_path: Path) -> None:
-    source = make_llama(tmp_path / "hf")
-    where = ["--load", str(source), "--save", str(tmp_path / "out"), "--format", "torch"]
-    done = run(*torchrun(2), CONVERT, *where)
-    assert done.returncode == 0, done.stderr
-    assert verify(tmp_path / "out") == []

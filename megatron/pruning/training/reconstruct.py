@@ -67,6 +67,8 @@ class Text:
 class Reconstruction:
     """The two models side by side. Call `start`, then `layer` for each of the pruned model's layers, then `finish`.
 
+    `fits` has, by the row's name, what the last of these calls fitted.
+
     `stored` rounds a refitted weight, given with its row's name and layer, to what will be written of it, so that the
     layers after it see what the written model will give. All arithmetic is in `dtype`, sums are in float64.
     """
@@ -77,7 +79,7 @@ class Reconstruction:
     options: Options
     states: States
     stored: Callable[[str, int | None, Tensor], Tensor] = lambda name, layer, weight: weight
-    fits: dict[tuple[str, int | None], Fit] = field(default_factory=dict)
+    fits: dict[str, Fit] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = self.parent.config.sizes
@@ -119,6 +121,7 @@ class Reconstruction:
 
     def layer(self, layer: int) -> Weights:
         """Refit layer `layer` of the pruned model, and bring both models' states beyond it. Return its weights."""
+        self.fits = {}
         number = int(self.plan.layers[layer])
         following = int(self.plan.layers[layer + 1]) if layer + 1 < len(self.plan.layers) else self._parent_layers
         target = layer_of(self.narrow, layer, self.dtype, self.device)
@@ -140,6 +143,7 @@ class Reconstruction:
 
     def finish(self) -> Weights:
         """Refit what comes after the layers: the final norm and, where it has weights of its own, the output layer."""
+        self.fits = {}
         config, last = self.parent.config, f".{len(self.plan.layers)}"
         target = {"final_norm": tensor_of(self.parent.weight(ROW["final_norm"], None), self.dtype, self.device)}
         if not config.tied or self.options.untie:
@@ -201,7 +205,7 @@ class Reconstruction:
             fit = solver.fit(cut[name], target.get(name))
             cut[name] = self._stored(name, layer, fit.weight)
             wanted = fit.wanted if squares is None else (float(squares[0]), float(squares[1]))
-            self.fits[name, layer] = replace(fit, weight=cut[name], wanted=wanted)
+            self.fits[name] = replace(fit, weight=cut[name], wanted=wanted)
 
     def _read(
         self, norm: str, layer: int | None, target: Weights, cut: Weights, parent_states: str, pruned_states: str
@@ -216,7 +220,8 @@ class Reconstruction:
             if kept < whole and not stretch.held_out:
                 normed = rms_norm(x, (whole,), None, self.epsilon)
                 squares = self.basis.project(normed).double().square()
-                share += torch.stack([squares.mean(-1).sum(), torch.tensor(float(squares[..., 0].numel()))])
+                share[0] += squares.mean(-1).sum()
+                share[1] += squares[..., 0].numel()
         self.text.add_up(share)
         # RMSNorm averages over fewer channels: with this factor what is kept comes out as large as in the parent.
         factor = math.sqrt(float(share[0] / share[1])) if kept < whole else 1.0
@@ -308,7 +313,8 @@ def loss_of(checkpoint: Checkpoint, text: Text, states: States) -> float:
         normed = rms_norm(states.get("loss", stretch.number), (config.hidden_size,), gain, config.norm_epsilon)
         for one, labels in zip(normed.unbind(1), text.tokens(stretch)[:, 1:], strict=True):
             lost = cross_entropy((one @ head.T).float(), labels, reduction="sum")
-            total += torch.stack([lost.double(), torch.tensor(float(len(labels)))])
+            total[0] += lost
+            total[1] += len(labels)
     states.drop("loss")
     text.add_up(total)
     return float(total[0] / total[1])

@@ -132,7 +132,7 @@ class Job:
             found |= read_safetensors(self.folder / f"{name}.safetensors")
         return found
 
-    def _with_fits(self, done: int, layer: int | None, fits: Mapping[tuple[str, int | None], Fit]) -> Report:
+    def _with_fits(self, done: int, layer: int | None, fits: Mapping[str, Fit]) -> Report:
         rows = [
             WeightReport(
                 name=name,
@@ -142,8 +142,7 @@ class Job:
                 before=fit.before,
                 after=fit.after,
             )
-            for (name, at), fit in fits.items()
-            if at == layer
+            for name, fit in fits.items()
         ]
         return msgspec.structs.replace(self.report, layers_done=done, weights=[*self.report.weights, *rows])
 
