@@ -48,12 +48,13 @@ with quiet_imports():
     from megatron.training.global_vars import set_global_variables
     from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+    from megatron.pruning.training.checkpoint_args import take_arguments
     from megatron.pruning.training.data_checks import check_data
     from megatron.pruning.training.distillation import Distillation
     from megatron.pruning.training.flags import add_defaults, flags_refused, refuse_impossible, refuse_without_libraries
     from megatron.pruning.training.local_layers import gpt_config
     from megatron.pruning.training.megatron_patches import applied, while_parsing, while_training
-    from megatron.pruning.training.strict_loading import carry_files, require_checkpoint, take_arguments
+    from megatron.pruning.training.strict_loading import carry_files, require_checkpoint
 
 
 def main(argv: Sequence[str]) -> None:
