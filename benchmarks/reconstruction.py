@@ -154,7 +154,7 @@ def draw(file: Path, parent: dict[str, float], arms: dict[str, dict[str, float]]
     axes.set_yticks(range(len(arms)), list(arms))
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(right=4 * max(arm[text] for arm in arms.values() for text in ("english", "code")))
+    axes.set_xlim(right=8 * max(arm[text] for arm in arms.values() for text in ("english", "code")))
     axes.set_xlabel("perplexity, without a step of training")
     axes.legend(loc="lower right", fontsize=9)
     figure.savefig(file, dpi=100)

@@ -192,11 +192,10 @@ def recovery() -> None:
 def reconstruction() -> None:
     """Print the table of benchmarks/reconstruction.py."""
     found = _read(RESULTS / "reconstruction.json")
-    rows = [["", *(said(word) for word in ("parameters", "English text", "Python code", "seconds"))]]
+    rows = [["", *(said(word) for word in ("parameters", "English text", "Python code"))]]
     for name, arm in {"the parent": found["parent"], **found["arms"]}.items():
-        seconds = f"{arm['seconds']:,.0f}" if "seconds" in arm else ""
         perplexity = (f"{arm[text]:,.1f}" for text in ("english", "code"))
-        rows.append([said(name), f"{arm['parameters'] / 1e6:.1f}M", *perplexity, seconds])
+        rows.append([said(name), f"{arm['parameters'] / 1e6:.1f}M", *perplexity])
     show(rows)
     _caption(said(found["machine"]), found["model"])
     print()

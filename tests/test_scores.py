@@ -94,8 +94,7 @@ def reference(model: Path, tokens: np.ndarray) -> dict[str, torch.Tensor]:
             total = torch.nn.functional.cross_entropy(loss, window[1:], reduction="sum")
         sums["loss"] += total
         for i in range(2 * LAYERS + 1):
-            squares = seen[f"in{i}"] ** 2
-            sums["norm_inputs"][i] += (squares / squares.mean(-1, keepdim=True)).sum(0)
+            sums["norm_inputs"][i] += (seen[f"in{i}"] ** 2).sum(0)
             if i < 2 * LAYERS:
                 sums["norm_outputs"][i] += seen[f"out{i}"].abs().mean(0) ** 2
         for i in range(LAYERS):

@@ -4,7 +4,7 @@ The file is safetensors, float64. Sums, not means: they add up over sequences, d
 runs, and are the same for every layout within rounding. With A[b, c] the mean over the sequence of |a[s, b, c]|:
 
     norm_outputs    [2 * layers, hidden]          sum over sequences b of A^2, after both norms of every layer
-    norm_inputs     [2 * layers + 1, hidden]      sum over tokens of x^2 / mean x^2, before those norms, the last
+    norm_inputs     [2 * layers + 1, hidden]      sum over tokens of x^2, before those norms and the final one
     heads           [layers, heads]               sum over sequences and head_dim of A^2, of the input of o_proj
     ffn             [layers, ffn]                 sum over sequences of A^2, of the input of down_proj
     added_by_heads  [layers, heads]               sum over tokens of |what o_proj adds for this head|^2
@@ -141,9 +141,8 @@ class Scores:
     def norm_gains(self, layers: NDArray[np.intp], hidden: NDArray[np.intp]) -> tuple[float, ...]:
         """Return by what to multiply the gains of each kept layer's two norms and of the final one.
 
-        The kept channels hold the fraction v of a token's sum of squares, so that the new root mean square is
+        The kept channels hold the fraction v of the sum of squares, so that the new root mean square is
         sqrt(v * parent's hidden / hidden) of the old one; a gain multiplied by that gives what the parent's norm gave.
-        Every token counts alike: a few of them are a thousand times as large as the others.
         """
         squares = self.sums["norm_inputs"]
         rows = np.append(np.stack([2 * layers, 2 * layers + 1], axis=1).ravel(), len(squares) - 1)

@@ -86,8 +86,7 @@ class Recorder:
     def _norm(self, row: int, final: bool = False) -> Callable[..., None]:
         def hook(norm: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
             if self.watching:
-                squares = args[0][:, 0].float().square()
-                self.sums["norm_inputs"][row] += (squares / squares.mean(-1, keepdim=True)).sum(0)
+                self.sums["norm_inputs"][row] += args[0][:, 0].float().square().sum(0)
                 if final:
                     self._keep_state(args[0])
                 else:
