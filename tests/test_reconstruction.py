@@ -212,7 +212,7 @@ def double_logits(config: Any, state: dict[str, torch.Tensor], tokens: torch.Ten
 @pytest.mark.parametrize("name", EQUAL)
 def test_what_a_smaller_model_can_be_it_becomes(folder: Path, name: str) -> None:
     plan = Plan.from_json((folder / f"{name}.plan").read_text(), name)
-    found = torch.load(folder / f"{name}.pt")
+    found = torch.load(folder / f"{name}.pt", weights_only=True)
     tokens = torch.randint(0, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(5))  # unseen
     config = AutoConfig.from_pretrained(folder / name)
     state = {key: value.double() for key, value in load_file(folder / name / "model.safetensors").items()}
@@ -374,6 +374,22 @@ def test_mistakes_are_said_before_any_work(
     with pytest.raises(ValueError, match=complaint):
         prune(runs / f"{shape}-parent", runs / "never", *flags)
     assert not list(runs.glob("*never*"))
+
+
+@pytest.mark.slow
+def test_a_directory_of_the_users_own_is_not_taken_for_what_is_unfinished(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron.pruning.training.cpu_device.install", lambda: False)  # this process keeps its device
+    own = tmp_path / ".out.reconstruction" / "thesis.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    flags = (
+        f"--reconstruct --hidden-size-remain 24 --format hf --data-path {runs / 'text'} --sequence-length 16".split()
+    )
+    with pytest.raises(ValueError, match=r"thesis\.txt was made by no reconstruction"):
+        prune(runs / "gqa-parent", tmp_path / "out", *flags)
+    assert own.read_text() == "mine"
 
 
 @pytest.mark.parametrize("flag", ["--sequences 7", "--ridge 0.1", "--rotate-hidden", "--untie", "--sequence-length 9"])

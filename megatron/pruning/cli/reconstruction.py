@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,6 +110,8 @@ class Reconstructor:
         cpu_device.install()
         self.calibration = calibration(text, length, args.sequences, parent, flag)
         self.work: Path = args.save.with_name(f".{args.save.name}.reconstruction")
+        if world.rank == 0:
+            check_ours(self.work)
         self._join()
         if world.rank == 0:
             self.work.mkdir(exist_ok=True)
@@ -172,6 +175,21 @@ class Reconstructor:
         shares = ", ".join(f"{name} ({share:.0%})" for name, share in text.shares.items())
         held_out = int(text.held_out.sum())
         return f"{len(text.tokens) - held_out} sequences of {text.length} tokens of {shares}, {held_out} held out"
+
+
+# What a run leaves in its directory of what is unfinished.
+_OURS = re.compile(
+    r"states|reconstruct\.json|(?:first|last|basis|layer-\d{5})\.safetensors|\.*scores[\w.]*|\.[\w.-]+\.partial-\w+"
+)
+
+
+def check_ours(work: Path) -> None:
+    """Raise ValueError where the directory of what is unfinished, which is removed at the end, is somebody's own."""
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise ValueError(f"{work} is no directory that a reconstruction made: move it away, or name another --save")
+    for path in work.iterdir() if work.exists() else ():
+        if not _OURS.fullmatch(path.name):
+            raise ValueError(f"{path} was made by no reconstruction: move it away, or name another --save")
 
 
 def _is_of(file: Path, wanted: Scores) -> bool:

@@ -66,17 +66,10 @@ class Job:
             progress.close()
             model = Reconstructed(self.parent, self.plan, self._weights())
             if self.report.losses is None:
-                losses = Losses(*(loss_of(one, self.text, self.states) for one in self._compared(model)))
+                compared = (self.parent, Pruned(self.parent, self.plan), model)
+                losses = Losses(*(loss_of(one, self.text, self.states) for one in compared))
                 self._commit(msgspec.structs.replace(self.report, losses=losses))
         return model, self.report
-
-    def remove(self) -> None:
-        """Take the working directory away, after the model has been written."""
-        if self.world.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _compared(self, model: Reconstructed) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
-        return self.parent, Pruned(self.parent, self.plan), model
 
     def _refit(self, done: int, progress: Progress) -> None:
         layers = len(self.plan.layers)
