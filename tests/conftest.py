@@ -1,8 +1,12 @@
 """The checkpoints that many tests start from."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported, and for the processes that tests start: where there are GPUs too it is the CPU that computes.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 pytest.register_assert_rewrite("helpers")
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from helpers import ROOT, environment
 
@@ -61,9 +62,9 @@ class StockLoop:
 
     folder: Path
 
-    def run(self, name: str, words: str, ranks: int = 1, kill_after: int | None = None) -> Run:
-        """Run pretrain_gpt.py with these flags, killed with -9 after a step if that is asked for."""
-        return self.run_all([{"name": name, "words": words.split(), "ranks": ranks, "kill_after": kill_after}])[name]
+    def run(self, name: str, words: str, ranks: int = 1, **how: Any) -> Run:
+        """Run pretrain_gpt.py with these flags; `how`, which may be none, is what else stock_worker.py takes."""
+        return self.run_all([{"name": name, "words": words.split(), "ranks": ranks, **how}])[name]
 
     def run_all(self, cases: list[dict]) -> dict[str, Run]:
         """Run several cases, two at a time, and return what each left."""

@@ -6,7 +6,7 @@ Each line of standard input is a JSON list of cases {"folder": DIR, "name": NAME
 run two at a time, each in its folder; NAME.log there takes what all ranks of a case print. As each ends, "NAME STATUS"
 is printed: 0, or that of the first rank that failed. A case that takes too long is killed, as is what is left of one in
 which a rank failed, and one that says {"kill_after": STEP} when it has logged that step. {"program": NAME} runs another
-module's main.
+module's main, and {"gpu": true} does as on a machine with GPUs (gpu_stand_in.py).
 """
 
 import importlib
@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+import gpu_stand_in
 from torch.distributed import TCPStore
 
 from megatron.pruning.cli import entry
@@ -37,6 +38,7 @@ class Case:
         ranks: int,
         kill_after: int | None = None,
         program: str = "pretrain_gpt",
+        gpu: bool = False,
     ) -> None:
         self.name, self.status, self.kill_after = name, 0, kill_after
         self.log = Path(folder, f"{name}.log")
@@ -54,6 +56,8 @@ class Case:
         for rank in range(ranks):
             child = os.fork()
             if child == 0:
+                if gpu:
+                    gpu_stand_in.install()
                 be_rank(self.log, program, words, world | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
             self.children.add(child)
 

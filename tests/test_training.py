@@ -124,6 +124,18 @@ def test_layouts_continue_the_same_training(
     )
 
 
+@pytest.mark.parametrize("layout", ["alone", "tp2"])
+def test_starts_on_a_gpu_without_transformer_engine_and_apex(layout: str, forker: StockLoop) -> None:
+    """Stock's defaults there ask for kernels of both; the losses are those of bf16 on the CPU."""
+    words = f"{MODEL} {TRAINING} {DATA} --bf16 --use-cpu-initialization --exit-interval 3"
+    ranks = 1
+    if layout == "tp2":
+        words, ranks = f"{words} --tensor-model-parallel-size 2 --sequence-parallel", 2
+    on_gpu = forker.run(f"gpu_{layout}", words, ranks, gpu=True).ok()
+    on_cpu = forker.run(f"cpu_{layout}", words, ranks).ok()
+    assert len(on_gpu.losses) == 3 and on_gpu.losses == pytest.approx(on_cpu.losses, abs=0.01)
+
+
 UNFUSED = "--spec megatron.pruning.training.local_layers unfused_layers"
 
 

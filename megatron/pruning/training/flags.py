@@ -7,8 +7,12 @@ import math
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
+from megatron.core.tensor_parallel import layers
 from megatron.training import global_vars
 from megatron.training.utils import print_rank_0
 
@@ -22,12 +26,7 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     # intervals unset and fails on that after it has built the model.
     parser.set_defaults(create_attention_mask_in_dataloader=False, auto_detect_ckpt_format=True)
     parser.set_defaults(eval_interval=1000, save_interval=1000)
-    if not importlib.util.find_spec("transformer_engine"):
-        parser.set_defaults(
-            transformer_impl="local",
-            no_persist_layer_norm=True,
-            gradient_accumulation_fusion=bool(importlib.util.find_spec("fused_weight_gradient_mlp_cuda")),
-        )
+    parser.set_defaults(**_without_missing_kernels())
     if cpu_device.is_installed():
         cpu_device.add_defaults(parser)
     group = parser.add_argument_group("distillation")
@@ -37,11 +36,25 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def _without_missing_kernels() -> dict[str, Any]:
+    """Return the defaults where stock's need a library that is not here, as Megatron found when it was imported.
+
+    Stock turns these fusions on everywhere, also where it then ends on a kernel that it has not.
+    """
+    kernels = {
+        "apply_rope_fusion": rope_utils.fused_apply_rotary_pos_emb is not None,  # TransformerEngine's
+        "gradient_accumulation_fusion": layers._grad_accum_fusion_available,  # apex's, with either kind of layers
+        "masked_softmax_fusion": bool(importlib.util.find_spec("scaled_masked_softmax_cuda")),  # apex's too
+    }
+    missing: dict[str, Any] = {fusion: False for fusion, there in kernels.items() if not there}
+    return missing if HAVE_TE else {**missing, "transformer_impl": "local", "no_persist_layer_norm": True}
+
+
 def refuse_without_libraries(args: argparse.Namespace) -> None:
     """Check the flags that need a GPU, TransformerEngine or apex; raise ValueError where theirs is missing."""
     if cpu_device.is_installed():
         cpu_device.refuse(args)
-    if args.transformer_impl != "local" and not importlib.util.find_spec("transformer_engine"):
+    if args.transformer_impl != "local" and not HAVE_TE:
         raise ValueError(f"--transformer-impl {args.transformer_impl} needs TransformerEngine, which is not installed")
     if args.use_distributed_optimizer and USING_PYTORCH_OPTIMIZER and args.save and not args.no_save_optim:
         # megatron-core 0.19 saves the state of torch's AdamW in a form that it then cannot load
