@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported, and for the processes that tests start: where there are GPUs too it is the CPU that computes.
+# Before torch is imported, and for the processes that tests start: it is the CPU that computes, beside a GPU too.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 pytest.register_assert_rewrite("helpers")
