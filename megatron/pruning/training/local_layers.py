@@ -72,10 +72,10 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
 
 
 class LocalRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, whose gain Megatron's sequence parallelism sums over the tensor-parallel ranks."""
+    """torch's RMSNorm, its gain in the model's dtype (torch's fused kernel wants one), summed by sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **options: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
