@@ -204,11 +204,17 @@ class Experiment:
 EVALUATION = threading.Lock()
 
 
+def environment(**settings: object) -> dict[str, str]:
+    """Return the environment of a program of this project."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in settings.items()}}
+
+
 def command(program: str, *words: object) -> None:
     """Run one of the project's programs, or end with what it said."""
     done = subprocess.run(
         [sys.executable, ROOT / program, *map(str, words)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, capture_output=True,
+        env=environment(), text=True, capture_output=True,
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"error: {program} failed:\n{done.stderr[-2000:]}")

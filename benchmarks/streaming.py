@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from experiment import environment
 
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.hf_config import config_to_hf
@@ -155,10 +156,10 @@ def make_hf(path: Path, config: LlamaConfig, sparse: bool) -> None:
 
 def measure(command: Sequence[str], log: Path) -> Cost:
     """Run a command to its end and return what it took. Raises RuntimeError, with the end of its log, when it fails."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
+    env = environment(PYTHONDONTWRITEBYTECODE="")
     start, before = time.perf_counter(), os.times()
     with log.open("wb") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
     peaks = [0.0, 0.0]
     while process.poll() is None:
         found = _memory(process.pid)

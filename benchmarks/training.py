@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from experiment import environment
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -138,8 +139,8 @@ def trainer(args: argparse.Namespace, folder: Path) -> tuple[list[float], float]
 
 def output(command: list[str]) -> str:
     """Return what a command prints; where it fails, the benchmark ends with that."""
-    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    done = subprocess.run(command, env=os.environ | settings, text=True, capture_output=True)
+    threads = len(os.sched_getaffinity(0))
+    done = subprocess.run(command, env=environment(OMP_NUM_THREADS=threads), text=True, capture_output=True)
     if done.returncode:
         said = done.stdout[-2000:] + done.stderr[-2000:]
         sys.exit(f"{' '.join(command[:2])} ended with status {done.returncode}:\n{said}")

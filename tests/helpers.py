@@ -282,7 +282,8 @@ def rewritten(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[P
 
 def environment(**settings: object) -> dict[str, str]:
     """Return the environment of a program: this Python and this project, and one thread, for processes share cores."""
-    ours = {"PYTHON": sys.executable, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "CUDA_DEVICE_MAX_CONNECTIONS": 1}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ours = {"PYTHON": sys.executable, "PYTHONPATH": path, "OMP_NUM_THREADS": 1, "CUDA_DEVICE_MAX_CONNECTIONS": 1}
     return os.environ | {name: str(value) for name, value in (ours | settings).items()}
 
 

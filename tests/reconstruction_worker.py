@@ -3,7 +3,8 @@
 The command line is the name of a JSON file: {"load", "plan", "text", "length", "sequences", "ridge", "rotate", "untie",
 "save"}. SAVE gets the weights by Hugging Face key, and the sums of squares of every fit.
 
-Or it is `--die-after N` and the command line of tools/reconstruct.py, which then ends as by kill -9 after N layers.
+Or it is `--die-after N` and the command line of tools/reconstruct.py, which then ends as by kill -9 after N layers;
+`--hold N` does so too, with hidden states in memory as on a GPU, of which only those after layer 1 are kept in files.
 """
 
 import json
@@ -11,13 +12,13 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.plan import Plan
-from megatron.pruning.plan.reconstructed import Report
 from megatron.pruning.training.calibration import calibration
 from megatron.pruning.training.layerwise import ROW, States
 from megatron.pruning.training.reconstruct import Options, Reconstruction, Text
@@ -27,8 +28,8 @@ from megatron.pruning.training.stock_model import join
 
 def main(argv: Sequence[str]) -> None:
     """Do the job that the file describes, or die in one."""
-    if argv[0] == "--die-after":
-        return die_after(int(argv[1]), argv[2:])
+    if argv[0] in ("--die-after", "--hold"):
+        return die_after(int(argv[1]), argv[2:], argv[0] == "--hold")
     job = json.loads(Path(argv[0]).read_text())
     join(Layout())
     parent = open_checkpoint(Path(job["load"]))
@@ -50,16 +51,20 @@ def main(argv: Sequence[str]) -> None:
     torch.save({"weights": weights, "fits": sums}, job["save"])
 
 
-def die_after(layers: int, words: Sequence[str]) -> None:
+def die_after(layers: int, words: Sequence[str], hold: bool) -> None:
     """Run the tool up to where so many layers are done."""
     import reconstruct
 
-    commit = Job._commit
+    step = "_add" if hold else "_commit"
+    take = getattr(Job, step)
 
-    def last_commit(self: Job, report: Report) -> None:
-        commit(self, report)
-        if report.layers_done == layers:
+    def last(self: Job, *args: Any) -> None:
+        take(self, *args)
+        if self.report.layers_done == layers:
             os._exit(9)
 
-    Job._commit = last_commit
+    setattr(Job, step, last)
+    if hold:
+        Job._fits_in_memory = lambda self: True
+        Job._is_time = lambda self, since: self.report.layers_done == 1
     reconstruct.main(words)

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, environment
 
 from megatron.pruning.cli.flags import megatron_flags
 
@@ -208,9 +207,8 @@ def test_every_command_runs_in_the_order_of_the_pages(fresh: Path) -> None:
     assert f"`{activate}`" in text_of(ENGLISH["README"])
     script = "\n".join(["set -euo pipefail", activate, *(c for c in commands if c not in RUN_ELSEWHERE)])
     small = {"TRAIN_ITERS": "15", "EVAL_ITERS": "1", "EVAL_INTERVAL": "15", "SAVE_INTERVAL": "15", "SEQ_LENGTH": "32"}
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **small}
-    done = subprocess.run(["bash", "-xc", script], cwd=fresh, env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)  # fmt: skip
+    done = subprocess.run(["bash", "-xc", script], cwd=fresh, env=environment(**small), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     made = "parent parent-hf pruned pruned-7 narrow recovered distilled recovered-tp1 recovered-hf loss.png chosen half"
     made += " reconstructed pruned-reconstructed"

@@ -334,17 +334,17 @@ def test_nothing_is_left_behind(runs: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [1, 5])
-def test_a_killed_run_goes_on_and_ends_the_same(runs: Path, tmp_path: Path, layers: int) -> None:
+@pytest.mark.parametrize("death,kept", [("--die-after 1", 1), ("--die-after 5", 5), ("--hold 3", 1)])
+def test_a_killed_run_goes_on_and_ends_the_same(runs: Path, tmp_path: Path, death: str, kept: int) -> None:
     plan = runs / "rotated/prune_plan.json"
     words = f"--load {runs / 'tied-parent'} --plan {plan} --data {runs / 'text'} {TEXT} --untie --rotate-hidden --save"
     loop = StockLoop(tmp_path)
     case = {"ranks": 1, "program": "reconstruction_worker"}
-    killed = {**case, "name": "killed", "words": f"--die-after {layers} {words} again".split()}
+    killed = {**case, "name": "killed", "words": f"{death} {words} again".split()}
     assert loop.run_all([killed])["killed"].code == 9
     assert not (tmp_path / "again").exists() and (tmp_path / ".again.reconstruction").is_dir()
     done = loop.run_all([{**case, "name": "done", "words": f"{words} again".split(), "program": "reconstruct"}])["done"]
-    assert f"going on after layer {layers} of 4" in done.ok().log
+    assert f"going on after layer {kept} of 4" in done.ok().log
     found, wanted = digests(tmp_path / "again"), digests(runs / "rotated")
     assert found["model.safetensors"] == wanted["model.safetensors"]
     assert report_of(tmp_path / "again").weights == report_of(runs / "rotated").weights

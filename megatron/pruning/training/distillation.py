@@ -61,6 +61,9 @@ _TEACHER_ARGS: dict[str, Any] = {
 }
 
 
+_FP32_VALUES = 2**25  # of logits that are computed with at once
+
+
 class VocabParallelKL(torch.autograd.Function):
     """KL(teacher || student) per token, from logits that lie cut along the vocabulary over a group of ranks."""
 
@@ -76,12 +79,19 @@ class VocabParallelKL(torch.autograd.Function):
         """
         width = student.shape[-1]
         mine = min(max(vocab - torch.distributed.get_rank(group) * width, 0), width)  # columns that are no padding
-        log_p, log_q = _log_softmax([teacher[..., :mine], student[..., :mine]], temperature, group)
-        p = log_p.exp()
-        divergence = (p * log_p.sub_(log_q)).sum(-1)
+        divergence = torch.empty(student.shape[:-1], dtype=torch.float32, device=student.device)
+        difference = torch.zeros_like(student, memory_format=torch.contiguous_format)
+        # In fp32 there are only a few tokens at a time: the logits of a whole sequence may take gigabytes.
+        rows = max(1, _FP32_VALUES // width)
+        logits = (torch.split(tensor.reshape(-1, width), rows) for tensor in (student, teacher, difference))
+        for ours, theirs, gap, summed in zip(*logits, torch.split(divergence.view(-1), rows), strict=True):
+            log_p, log_q = _log_softmax([theirs[:, :mine], ours[:, :mine]], temperature, group)
+            p = log_p.exp()
+            torch.sum(p * log_p.sub_(log_q), -1, out=summed)
+            gap[:, :mine] = log_q.exp_().sub_(p)
         torch.distributed.all_reduce(divergence, group=group)
-        ctx.save_for_backward(log_q.exp_().sub_(p))
-        ctx.temperature, ctx.width, ctx.dtype = temperature, width, student.dtype
+        ctx.save_for_backward(difference)
+        ctx.temperature = temperature
         return divergence.mul_(temperature**2)
 
     @staticmethod
@@ -91,9 +101,8 @@ class VocabParallelKL(torch.autograd.Function):
         It is temperature * (softmax(student / temperature) - softmax(teacher / temperature)).
         """
         (difference,) = ctx.saved_tensors
-        gradient = difference * (gradients[0].unsqueeze(-1) * ctx.temperature)
-        padding = ctx.width - difference.shape[-1]
-        return torch.nn.functional.pad(gradient, (0, padding)).to(ctx.dtype), None, None, None, None
+        factor = gradients[0].unsqueeze(-1) * ctx.temperature
+        return torch.mul(difference, factor, out=torch.empty_like(difference)), None, None, None, None
 
 
 def _log_softmax(logits: list[torch.Tensor], temperature: float, group: Any) -> list[torch.Tensor]:

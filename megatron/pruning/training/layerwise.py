@@ -4,6 +4,7 @@ Whatever the size of the model, memory holds one layer of it and a few thousand 
 """
 
 import errno
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,16 +99,26 @@ class Layer:
 
 
 class States:
-    """Hidden states of a text, one file for each stretch of it, under a name that says of what they are.
+    """Hidden states of a text, by a name that says of what they are, for each stretch of it.
 
+    Each stretch is a file, or, with `in_memory`, a tensor on the device and a file only once that is asked for.
     Processes may share the directory, each with stretches of its own: `numbers`.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, numbers: Sequence[int]) -> None:
-        self.folder, self.dtype, self.device, self.numbers = folder, dtype, device, numbers
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, numbers: Sequence[int], in_memory: bool = False
+    ) -> None:
+        self.folder, self.dtype, self.device, self.numbers, self.in_memory = folder, dtype, device, numbers, in_memory
+        self._held: dict[tuple[str, int], Tensor] = {}
 
     def put(self, name: str, number: int, states: Tensor) -> None:
-        """Keep the states of stretch `number`, `[sequence, batch, width]`."""
+        """Keep the states of stretch `number`, `[sequence, batch, width]`, which nobody writes to any more."""
+        if self.in_memory:
+            self._held[name, number] = states.to(self.dtype)
+        else:
+            self._write(name, number, states)
+
+    def _write(self, name: str, number: int, states: Tensor) -> None:
         self.folder.mkdir(exist_ok=True)
         path = self._path(name, number)
         try:
@@ -118,17 +129,28 @@ class States:
 
     def get(self, name: str, number: int) -> Tensor:
         """Return them."""
+        if (name, number) in self._held:
+            return self._held[name, number]
         with self._path(name, number).open("rb") as file:
             return torch.from_numpy(np.load(file, allow_pickle=False)).to(self.device)
 
     def make_durable(self, *names: str) -> None:
         """Let states be there after a failure of the machine, too."""
+        for name, number in itertools.product(names, self.numbers):
+            if (name, number) in self._held:
+                self._write(name, number, self._held[name, number])
         for path in self._paths(names):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
+    def free(self, *names: str) -> None:
+        """Forget what the device's memory holds of states; their files stay."""
+        for name, number in itertools.product(names, self.numbers):
+            self._held.pop((name, number), None)
+
     def drop(self, *names: str) -> None:
         """Forget states."""
+        self.free(*names)
         for path in self._paths(names):
             path.unlink(missing_ok=True)
 

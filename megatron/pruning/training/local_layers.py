@@ -53,6 +53,9 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
             # the time in float32 that it takes in bfloat16.
             wide = torch.promote_types(dtype, torch.float32)
             query, key, value = (t.to(wide).transpose(0, 1).contiguous().transpose(0, 1) for t in (query, key, value))
+        elif dtype == torch.float32 and query.shape[2] != key.shape[2]:
+            # The one kernel that is linear in memory in fp32 wants a key for every head.
+            key, value = (t.repeat_interleave(query.shape[2] // t.shape[2], dim=2) for t in (key, value))
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [batch, heads, sequence, head_dim]
         mixed = torch.nn.functional.scaled_dot_product_attention(
             query,
@@ -72,7 +75,10 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
 
 
 class LocalRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, its gain in the model's dtype (torch's fused kernel wants one), summed by sequence parallelism."""
+    """torch's RMSNorm, whose gain Megatron's sequence parallelism sums over the tensor-parallel ranks.
+
+    The gain has the model's dtype: torch's fused kernel wants one, and a pipeline sends what a layer gives in it.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **options: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,11 +25,13 @@ from megatron.pruning.storage.progress import Progress
 from megatron.pruning.storage.safetensors_file import read_safetensors
 from megatron.pruning.storage.small_files import new_file_beside, read_small, replace_durably
 from megatron.pruning.storage.views import View
+from megatron.pruning.training import cpu_device
 from megatron.pruning.training.basis import NORM_OF
 from megatron.pruning.training.layerwise import ROW, States, Weights
 from megatron.pruning.training.least_squares import Fit
 from megatron.pruning.training.reconstruct import Options, Reconstruction, Text, loss_of
 
+COMMIT_SECONDS = 60.0  # between the layers that an interrupted run can go on from, where states are in memory
 _BASIS = "basis.safetensors"
 _TOUCHED = {"embed", *READERS, *NORM_OF, *WRITERS}  # rows of a layer that a smaller hidden size or a refit changes
 
@@ -52,7 +55,7 @@ class Job:
         self.parent, self.plan, self.text, self.options, self.dtype = parent, plan, text, options, dtype
         self.folder, self.world = folder, world
         numbers = [stretch.number for stretch in text.stretches()]
-        self.states = States(folder / "states", torch.float32, text.device, numbers)
+        self.states = States(folder / "states", torch.float32, text.device, numbers, self._fits_in_memory())
         self.report = self._go_on(self._empty_report())
 
     def run(self) -> tuple[Reconstructed, Report]:
@@ -68,7 +71,8 @@ class Job:
             if self.report.losses is None:
                 compared = (self.parent, Pruned(self.parent, self.plan), model)
                 losses = Losses(*(loss_of(one, self.text, self.states) for one in compared))
-                self._commit(msgspec.structs.replace(self.report, losses=losses))
+                self.report = msgspec.structs.replace(self.report, losses=losses)
+                self._commit()
         return model, self.report
 
     def _refit(self, done: int, progress: Progress) -> None:
@@ -82,16 +86,31 @@ class Job:
                     _save({"basis": work.basis.matrix}, self.folder / _BASIS)
         elif self.options.rotate:
             work.set_basis(load_file(self.folder / _BASIS)["basis"])
+        committed, at = done, time.monotonic()
         for layer in range(done, layers):
             self._write(f"layer-{layer:05d}", layer, work.layer(layer))
-            self.states.make_durable(f"parent.{layer + 1}", f"pruned.{layer + 1}")
-            self._commit(self._with_fits(layer + 1, layer, work.fits))
-            self.states.drop(f"parent.{layer}", f"pruned.{layer}")
+            self._add(layer + 1, layer, work.fits)
+            if self._is_time(at):
+                self.states.make_durable(f"parent.{layer + 1}", f"pruned.{layer + 1}")
+                self._commit()
+                self.states.drop(f"parent.{committed}", f"pruned.{committed}")
+                committed, at = layer + 1, time.monotonic()
+            self.states.free(f"parent.{layer}", f"pruned.{layer}")
             progress.advance(1)
         self._write("last", None, work.finish())
-        self._commit(self._with_fits(layers + 1, None, work.fits))
-        self.states.drop(f"parent.{layers}", f"pruned.{layers}")
+        self._add(layers + 1, None, work.fits)
+        self._commit()
+        for number in {committed, layers}:
+            self.states.drop(f"parent.{number}", f"pruned.{number}")
         progress.advance(1)
+
+    def _is_time(self, since: float) -> bool:
+        """Tell whether an interrupted run is to go on from here: with states in memory that costs a copy to disk."""
+        if not self.states.in_memory:
+            return True
+        votes = torch.tensor(float(time.monotonic() - since > COMMIT_SECONDS), device=self.text.device)
+        self.text.add_up(votes)  # all ranks must do the same
+        return float(votes) > 0
 
     def _as_stored(self, name: str, layer: int | None, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight in the dtype in which it will be written. Raises ValueError where it does not fit that."""
@@ -125,7 +144,8 @@ class Job:
             found |= read_safetensors(self.folder / f"{name}.safetensors")
         return found
 
-    def _with_fits(self, done: int, layer: int | None, fits: Mapping[str, Fit]) -> Report:
+    def _add(self, done: int, layer: int | None, fits: Mapping[str, Fit]) -> None:
+        """Take what was fitted into the report."""
         rows = [
             WeightReport(
                 name=name,
@@ -137,14 +157,13 @@ class Job:
             )
             for name, fit in fits.items()
         ]
-        return msgspec.structs.replace(self.report, layers_done=done, weights=[*self.report.weights, *rows])
+        self.report = msgspec.structs.replace(self.report, layers_done=done, weights=[*self.report.weights, *rows])
 
-    def _commit(self, report: Report) -> None:
-        """Let the files of this step count, on every process."""
+    def _commit(self) -> None:
+        """Let the files so far count, on every process."""
         self.world.barrier()
-        self.report = report
         if self.world.rank == 0:
-            replace_durably(self.folder / REPORT_FILE, report.to_json())
+            replace_durably(self.folder / REPORT_FILE, self.report.to_json())
         self.world.barrier()
 
     def _empty_report(self) -> Report:
@@ -184,15 +203,24 @@ class Job:
 
     def _check_disk(self) -> None:
         """Say what the hidden states take. Raises ValueError when there is no room for them."""
-        parent, pruned = self.parent.config, self.plan.sizes
-        widths = 3 * parent.hidden_size + 3 * pruned["hidden"] + pruned["heads"] * pruned["head_dim"]
-        need = self.text.calibration.tokens.size * widths * self.states.dtype.itemsize
-        free = shutil.disk_usage(self.folder).free
+        need, free = self._bytes_of_states(), shutil.disk_usage(self.folder).free
         if need > free:
             raise ValueError(
                 f"{self.folder} has {free / 1e9:.1f} GB free, but the hidden states of the text take "
                 f"{need / 1e9:.1f} GB: take fewer --sequences, or a --save on a larger disk"
             )
+
+    def _bytes_of_states(self) -> int:
+        """Return what the hidden states of the whole text take, on all ranks together."""
+        parent, pruned = self.parent.config, self.plan.sizes
+        widths = 3 * parent.hidden_size + 3 * pruned["hidden"] + pruned["heads"] * pruned["head_dim"]
+        return int(self.text.calibration.tokens.size) * widths * 4
+
+    def _fits_in_memory(self) -> bool:
+        """Tell whether a GPU has room for this rank's hidden states, with as much again for the work."""
+        if self.text.device.type != "cuda" or cpu_device.is_installed():
+            return False
+        return self._bytes_of_states() / self.text.ranks < torch.cuda.mem_get_info(self.text.device)[0] / 2
 
 
 def _number(ridge: float) -> float | None:
