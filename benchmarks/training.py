@@ -5,9 +5,10 @@
     python benchmarks/training.py --model 1b --sequence-length 4096 --micro-batch-size 4 --steps 20   # bf16, on a GPU
 
 Three arms, each in a process of its own, one after the other and that as many times as --rounds says: the stock loop
-with torch's attention, the same loop with Megatron's unfused attention, and the Trainer. A round's figure is the median
-time of its steps after the first few; the table has the median over rounds, and ratios to the Trainer within a round.
-On a GPU it also has the share of the device's peak that the model's own operations are (`model_flops`), and memory.
+as scripts/check_model.sh runs it, the same loop with Megatron's unfused attention, and the Trainer. A round's figure is
+the median time of its steps after the first few; the table has the median over rounds, and ratios to the Trainer within
+a round. On a GPU it also has the share of the device's peak that the model's own operations are (`model_flops`), and
+memory. An arm that cannot run, as the unfused attention of long sequences, has a dash in its row.
 
 The results are JSON: `benchmark`, `model`, `machine`, `dtype`, `rounds`, `sequence_length` (tokens), `micro_batch_size`
 and `global_batch_size` (sequences), and `arms`, from the name of an arm to its `tokens_per_second`, its ratio
@@ -84,6 +85,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help=f"steps of an arm, the first {WARM_UP} are not timed")
     parser.add_argument("--rounds", type=int, default=3, help="how many times every arm runs")
     parser.add_argument(
+        "--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), metavar="ARM", help="some of them"
+    )
+    parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
@@ -122,7 +126,7 @@ def stock_loop(args: argparse.Namespace, folder: Path, flags: str) -> tuple[list
         f"--global-batch-size {args.global_batch_size} --train-iters {args.steps} --lr 1e-5 --lr-decay-style constant "
         f"--clip-grad 1.0 --weight-decay 0.01 --eval-iters 0 --log-interval 1 {flags}"
     )
-    words += " --bf16" * torch.cuda.is_available()
+    words += " --bf16 --cross-entropy-loss-fusion" * torch.cuda.is_available()
     log = output([sys.executable, str(ROOT / "pretrain_gpt.py"), *words.split()])
     times = [float(time) / 1e3 for time in re.findall(r"elapsed time per iteration \(ms\): (\S+)", log)]
     memory = [float(value) for value in re.findall(r"max allocated: (\S+)", log)]
@@ -131,19 +135,20 @@ def stock_loop(args: argparse.Namespace, folder: Path, flags: str) -> tuple[list
 
 def trainer(args: argparse.Namespace, folder: Path) -> tuple[list[float], float]:
     """Return the same of transformers' Trainer, which another process of this script runs."""
-    given = {name: value for name, value in vars(args).items() if name not in ("trainer", "json")} | {"trainer": folder}
+    given = {name: value for name, value in vars(args).items() if name not in ("trainer", "json", "arms")}
+    given["trainer"] = folder
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     times, memory = json.loads(output([sys.executable, __file__, *words]).splitlines()[-1])
     return times, memory
 
 
 def output(command: list[str]) -> str:
-    """Return what a command prints; where it fails, the benchmark ends with that."""
+    """Return what a command prints. Raises RuntimeError, with the end of that, where it fails."""
     threads = len(os.sched_getaffinity(0))
     done = subprocess.run(command, env=environment(OMP_NUM_THREADS=threads), text=True, capture_output=True)
     if done.returncode:
         said = done.stdout[-2000:] + done.stderr[-2000:]
-        sys.exit(f"{' '.join(command[:2])} ended with status {done.returncode}:\n{said}")
+        raise RuntimeError(f"{' '.join(command[:2])} ended with status {done.returncode}:\n{said}")
     return done.stdout
 
 
@@ -213,20 +218,27 @@ def main() -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     peak = next((flops for name, flops in PEAKS.items() if gpu and name in gpu), None)
     tokens = args.sequence_length * args.global_batch_size
-    speeds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    memory = dict.fromkeys(ARMS, 0.0)
+    speeds: dict[str, list[float]] = {arm: [] for arm in args.arms}
+    memory = dict.fromkeys(args.arms, 0.0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(args, folder)
         flops = model_flops(args, folder)
-        for _ in range(args.rounds):
-            for arm, flags in ARMS.items():
+        for arm in args.arms * args.rounds:
+            flags = ARMS[arm]
+            try:
                 times, memory[arm] = trainer(args, folder) if flags is None else stock_loop(args, folder, flags)
                 speeds[arm].append(tokens / statistics.median(times[WARM_UP:]))
+            except RuntimeError as failure:
+                print(f"{arm}: {failure}", file=sys.stderr)
     arms: dict[str, dict[str, float]] = {}
     for arm, found in speeds.items():
-        ratios = [a / b for a, b in zip(found, speeds["transformers Trainer"], strict=True)]
-        arms[arm] = {"tokens_per_second": statistics.median(found), "to_the_trainer": statistics.median(ratios)}
+        arms[arm] = {}
+        if len(found) < args.rounds:
+            continue
+        arms[arm]["tokens_per_second"] = statistics.median(found)
+        if len(trainers := speeds.get("transformers Trainer", [])) == args.rounds:
+            arms[arm]["to_the_trainer"] = statistics.median(a / b for a, b in zip(found, trainers, strict=True))
         if peak:
             arms[arm]["utilisation"] = flops * arms[arm]["tokens_per_second"] / tokens / peak
         if gpu:

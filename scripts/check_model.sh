@@ -83,7 +83,7 @@ ranks=$((tensor * pipeline))
 gpus=$(count_gpus)
 precision=()
 if [ "$gpus" -gt 0 ]; then
-    precision=(--bf16)
+    precision=(--bf16 --cross-entropy-loss-fusion)
 else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi

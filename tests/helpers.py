@@ -280,10 +280,19 @@ def rewritten(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[P
 # Programs ------------------------------------------------------------------------------------------------------------
 
 
+def python_path(first: Path) -> str:
+    """Return what PYTHONPATH is to be, so that packages are looked for in a folder first."""
+    return os.pathsep.join([str(first), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def environment(**settings: object) -> dict[str, str]:
     """Return the environment of a program: this Python and this project, and one thread, for processes share cores."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ours = {"PYTHON": sys.executable, "PYTHONPATH": path, "OMP_NUM_THREADS": 1, "CUDA_DEVICE_MAX_CONNECTIONS": 1}
+    ours = {
+        "PYTHON": sys.executable,
+        "PYTHONPATH": python_path(ROOT),
+        "OMP_NUM_THREADS": 1,
+        "CUDA_DEVICE_MAX_CONNECTIONS": 1,
+    }
     return os.environ | {name: str(value) for name, value in (ours | settings).items()}
 
 

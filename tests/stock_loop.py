@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import ROOT, environment
+from helpers import ROOT, environment, python_path
 
 
 @dataclass
@@ -43,11 +43,15 @@ class Run:
 
 
 @functools.cache
-def worker() -> subprocess.Popen[str]:
-    """Return the process that has imported pretrain_gpt.py, one for all of the tests; it ends when they do."""
+def worker(te: bool) -> subprocess.Popen[str]:
+    """Return the process that has imported pretrain_gpt.py, one for all of the tests; it ends when they do.
+
+    With `te` it has imported the stand-in for TransformerEngine, too.
+    """
+    path = python_path(ROOT / "tests/te_stand_in") if te else python_path(ROOT)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tests/stock_worker.py")],
-        env=environment(LOCAL_WORLD_SIZE=4),  # how many devices the stand-in says there are
+        env=environment(LOCAL_WORLD_SIZE=4, PYTHONPATH=path),  # how many devices the stand-in says there are
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -58,9 +62,10 @@ def worker() -> subprocess.Popen[str]:
 
 @dataclass
 class StockLoop:
-    """Runs of the stock loop, or of another program, in one folder, each with a log in it."""
+    """Runs of the stock loop, or of another program, in one folder, each with a log in it; with a stand-in for TE?"""
 
     folder: Path
+    te: bool = False
 
     def run(self, name: str, words: str, ranks: int = 1, **how: Any) -> Run:
         """Run pretrain_gpt.py with these flags; `how`, which may be none, is what else stock_worker.py takes."""
@@ -68,7 +73,7 @@ class StockLoop:
 
     def run_all(self, cases: list[dict]) -> dict[str, Run]:
         """Run several cases, two at a time, and return what each left."""
-        process = worker()
+        process = worker(self.te)
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(json.dumps([{**case, "folder": str(self.folder)} for case in cases]) + "\n")

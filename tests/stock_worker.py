@@ -111,8 +111,8 @@ def run(cases: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    tools = Path(__file__).resolve().parents[1] / "tools"
-    sys.path += [str(tools), str(tools / "checkpoint_conversion")]
+    root = Path(__file__).resolve().parents[1]
+    sys.path += [str(root / folder) for folder in (".", "tools", "tools/checkpoint_conversion")]
     # Before the forks, which then have them: the loop, and what each rank would import for a second.
     ours = "megatron.pruning.training"
     for module in ("pretrain_gpt", "score_importance", f"{ours}.record_scores", f"{ours}.reconstruct_checkpoint"):

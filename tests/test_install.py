@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, python_path
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(installed: Path, command: str, *words: object) -> str:
     """Run an installed command far from the repository, and return what it prints."""
     script = installed / "bin" / command
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    environment = {**os.environ, "PYTHONPATH": python_path(installed)}
     done = subprocess.run(
         [sys.executable, str(script), *map(str, words)], cwd=installed.parent, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -41,7 +41,7 @@ def run(installed: Path, command: str, *words: object) -> str:
 
 def test_an_installed_wheel_prunes_converts_and_shows(installed: Path, tmp_path: Path) -> None:
     where = "import megatron.pruning, prune_llama; print(megatron.pruning.__file__, prune_llama.__file__)"
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    environment = {**os.environ, "PYTHONPATH": python_path(installed)}
     found = subprocess.check_output([sys.executable, "-c", where], cwd=tmp_path, env=environment, text=True).split()
     assert all(Path(file).is_relative_to(installed) for file in found), found
     parent = ROOT / "assets/tiny-llama"

@@ -15,6 +15,7 @@ from typing import Any
 from megatron.pruning.formats.format import SHARD_BYTES, Format, Output, SaveOptions, in_shards
 from megatron.pruning.formats.megatron import (
     RELEASE,
+    TE_NAMES,
     TRACKER,
     MegatronCheckpoint,
     find_iteration,
@@ -47,8 +48,9 @@ from megatron.pruning.storage.views import View, cast, concat
 
 COMMON = "common.pt"  # what all ranks know
 _STACKED = "decoder.layers."
-# The stock loader wants an extra state beside each of these weights of a layer.
-_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+# The modules of TransformerEngine have an extra state, which the stock loader wants beside each weight: but these are
+# Megatron's own, or norms of a layer that the linears after them own.
+_WITHOUT_STATE = {"embedding.word_embeddings", "output_layer", *TE_NAMES}
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "common_state", "opt_param_scheduler")
 
 
@@ -166,7 +168,11 @@ def dist_output(checkpoint: Checkpoint, options: SaveOptions) -> Output:
     none = object_bytes([None])
     layers = config.num_layers
     objects = {
-        f"{_STACKED}{name}._extra_state/shard_{i}_{layers}": none for i in range(layers) for name in _EXTRA_STATES
+        f"{name}._extra_state/shard_0_1"
+        if layer is None
+        else f"{_STACKED}{name}._extra_state/shard_{layer}_{layers}": none
+        for name, layer in views
+        if name not in _WITHOUT_STATE and not name.endswith(".bias")
     }
     parts = in_shards(((piece, piece.view.nbytes) for piece in pieces), SHARD_BYTES)
     files = [DistFile(f"{RELEASE}/__{i}_0.distcp", part, objects if i == 0 else {}) for i, part in enumerate(parts)]

@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import queue
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import checkpointing, get_args, initialize, training
 
 from megatron.pruning.training import cpu_device
+from megatron.pruning.training.adam_steps import loading_steps
 from megatron.pruning.training.strict_loading import checked_dist_load, checked_load, is_dist, one_sentence, source_of
 
 
@@ -78,17 +80,12 @@ def while_training(args: argparse.Namespace, config: TransformerConfig) -> list[
             why="The warm-up of swiglu halves a rank's width of the feed-forward, which may be odd after pruning.",
             needed=args.swiglu and args.ffn_hidden_size // args.tensor_model_parallel_size % 2 == 1,
         ),
-        *(_without_gpu(config) if cpu_device.is_installed() else []),
-    ]
-
-
-def _without_gpu(config: TransformerConfig) -> list[Patch]:
-    return [
         Patch(
             config,
             "deallocate_pipeline_outputs",
             False,
             why="gloo may still read a stage's output when Megatron frees it, and virtual pipelines train on nonsense.",
+            needed=cpu_device.is_installed(),
         ),
         *(
             Patch(
@@ -99,11 +96,27 @@ def _without_gpu(config: TransformerConfig) -> list[Patch]:
             )
             for optimizer in (torch.optim.Adam, torch.optim.AdamW)
         ),
+        Patch(
+            rope_utils,
+            "_apply_rotary_pos_emb_bshd",
+            _compiled(rope_utils._apply_rotary_pos_emb_bshd),
+            why="Without TransformerEngine's kernel Megatron turns queries and keys in ten passes over memory.",
+            needed=not (args.apply_rope_fusion or args.disable_jit_fuser),
+        ),
     ]
 
 
-def while_loading(models: Sequence[torch.nn.Module], source: Path) -> list[Patch]:
-    """Return the rows that hold while the stock loader reads the checkpoint in `source` into this rank's `models`."""
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that torch compiles when it is first called: the compiler takes seconds to import."""
+    compiled = functools.cache(lambda: torch.compile(function))
+    return lambda *args, **kwargs: compiled()(*args, **kwargs)
+
+
+def while_loading(models: Sequence[torch.nn.Module], optimizer: Any, source: Path) -> list[Patch]:
+    """Return the rows that hold while the stock loader reads the checkpoint in `source`.
+
+    It reads into this rank's `models`, and into the `optimizer` if there is one.
+    """
     return [
         Patch(
             get_args(),
@@ -127,10 +140,20 @@ def while_loading(models: Sequence[torch.nn.Module], source: Path) -> list[Patch
             )
             for model in models
         ),
+        *(
+            Patch(
+                one,
+                "load_state_dict",
+                functools.partial(loading_steps, one.load_state_dict),
+                why="Adam's count of steps is elsewhere in torch's than in the fused ones, and Megatron drops it.",
+            )
+            for one in [optimizer]
+            if one is not None
+        ),
     ]
 
 
-def load_strictly(models: list[Any], *args: Any, **kwargs: Any) -> Any:
+def load_strictly(models: list[Any], optimizer: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Take the place of Megatron's `load_checkpoint`, with its arguments and result: load all of a checkpoint or none.
 
     Raises ValueError when a weight is missing, is not in this rank's `models` or has another shape there, or when a
@@ -138,9 +161,9 @@ def load_strictly(models: list[Any], *args: Any, **kwargs: Any) -> Any:
     """
     source = source_of(get_args())
     if source is None:  # the run starts afresh, see require_checkpoint
-        return checkpointing.load_checkpoint(models, *args, **kwargs)
-    with one_sentence(source), applied(while_loading(models, source)):
-        return checkpointing.load_checkpoint(models, *args, **kwargs)
+        return checkpointing.load_checkpoint(models, optimizer, *args, **kwargs)
+    with one_sentence(source), applied(while_loading(models, optimizer, source)):
+        return checkpointing.load_checkpoint(models, optimizer, *args, **kwargs)
 
 
 @contextlib.contextmanager

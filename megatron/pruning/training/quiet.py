@@ -31,6 +31,8 @@ def quiet_imports() -> Iterator[None]:
         with warnings.catch_warnings():
             for message in _WARNINGS:
                 warnings.filterwarnings("ignore", message, UserWarning)
+            # Of a string in its source, wherever that must be compiled: without files of bytecode, at every start.
+            warnings.filterwarnings("ignore", r"invalid escape sequence", SyntaxWarning)
             yield
     finally:
         for logger in loggers:

@@ -9,7 +9,7 @@ import bisect
 import contextlib
 import math
 import re
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.training import get_args
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
@@ -36,7 +36,7 @@ from megatron.pruning.formats.megatron import (
     tracked_iteration,
 )
 from megatron.pruning.model.checkpoint import PLAN_FILE, carried_files_of, require_inside
-from megatron.pruning.storage.dcp_file import METADATA, Chunk, read_metadata
+from megatron.pruning.storage.dcp_file import METADATA, Chunk, Entry, read_metadata
 from megatron.pruning.storage.harmless import require_harmless
 from megatron.pruning.storage.small_files import read_small, replace_durably
 
@@ -240,13 +240,30 @@ def checked_dist_load(
     stored = dist_checkpointing.load_tensors_metadata(directory)
     found = {name: tuple(tensor.global_shape) for name, tensor in stored.items() if not _OPTIMIZER.match(name)}
     _compare(source, expected, found)
-    _refuse_holes(Path(directory), expected)
-    return load(wanted, directory, *rest, **kw)
+    entries = read_metadata(Path(directory))
+    _refuse_holes(Path(directory), entries, expected)
+    return load(_without_new_extra_states(wanted, entries), directory, *rest, **kw)
 
 
-def _refuse_holes(folder: Path, expected: Container[str]) -> None:
+def _without_new_extra_states(wanted: dict[str, Any], entries: Container[str]) -> dict[str, Any]:
+    """Return what is wanted without the `_extra_state` of modules that had none when the checkpoint was saved.
+
+    TransformerEngine's modules have one, which is empty but for fp8, and versions of it differ in which ones do.
+    """
+
+    def is_new(value: Any) -> bool:
+        is_object = isinstance(value, ShardedObject) and value.key.endswith("_extra_state")
+        return is_object and value.unique_key not in entries
+
+    return {
+        part: {name: value for name, value in held.items() if not is_new(value)} if isinstance(held, dict) else held
+        for part, held in wanted.items()
+    }
+
+
+def _refuse_holes(folder: Path, entries: Mapping[str, Entry], expected: Container[str]) -> None:
     """Raise ValueError unless the chunks of every weight cover it: torch leaves what none has as it was."""
-    for name, entry in read_metadata(folder).items():
+    for name, entry in entries.items():
         if name in expected and entry.shape is not None and not _is_covered(entry.shape, entry.chunks.values()):
             raise ValueError(f"{folder / METADATA}: the chunks of {name} do not make up its shape {entry.shape}")
 

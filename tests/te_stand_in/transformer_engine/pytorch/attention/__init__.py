@@ -1,0 +1,3 @@
+"""Attention, and the rotary embedding."""
+
+from transformer_engine.pytorch.attention import rope  # noqa: F401
