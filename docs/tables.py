@@ -272,10 +272,27 @@ def training(*models: str) -> None:
         )
     show(rows)
     for result in found:
-        batch = said("{} tokens a step", f"{result['global_batch_size']} x {result['sequence_length']}")
-        rounds = said("{} rounds", result["rounds"])
-        _caption(result["model"], said(result["machine"]), result["dtype"], rounds, batch)
+        _batch_caption(result)
     print()
+
+
+def training_on_gpu(model: str) -> None:
+    """Print the speeds of benchmarks/training.py on a GPU, with what they take of it."""
+    result = _read(RESULTS / f"training-{model}.json")
+    rows = [["", said("tokens a second"), said("model FLOP utilisation"), said("memory, GB")]]
+    for arm, a in result["arms"].items():
+        rows.append(
+            [said(arm), f"{a['tokens_per_second']:,.0f}", f"{a['utilisation']:.1%}", f"{a['memory_gigabytes']:.1f}"]
+        )
+    show(rows)
+    _batch_caption(result)
+    print()
+
+
+def _batch_caption(result: Mapping[str, Any]) -> None:
+    batch = said("{} tokens a step", f"{result['global_batch_size']} x {result['sequence_length']}")
+    rounds = said("{} round" if result["rounds"] == 1 else "{} rounds", result["rounds"])
+    _caption(result["model"], said(result["machine"]), result["dtype"], rounds, batch)
 
 
 def _spread(found: Mapping[str, float]) -> str:

@@ -80,6 +80,7 @@ size_of() { # the value of a flag in the model's own
 tensor=$(size_of --tensor-model-parallel-size)
 pipeline=$(size_of --pipeline-model-parallel-size)
 ranks=$((tensor * pipeline))
+nodes=${NNODES:-1}
 gpus=$(count_gpus)
 precision=()
 if [ "$gpus" -gt 0 ]; then
@@ -88,14 +89,15 @@ else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 if [ -z "${GPUS_PER_NODE:-}" ]; then # as many data-parallel copies as there are GPUs for, and as the batch divides into
-    copies=$((gpus / ranks > 0 ? gpus / ranks : 1))
-    while [ $((GLOBAL_BATCH_SIZE % (copies * ${NNODES:-1}))) != 0 ] && [ "$copies" -gt 1 ]; do
+    copies=$((gpus * nodes / ranks > 0 ? gpus * nodes / ranks : 1))
+    while [ $((GLOBAL_BATCH_SIZE % copies)) != 0 ] || [ $((copies * ranks % nodes)) != 0 ]; do
+        [ "$copies" -gt 1 ] || die "the $ranks model ranks of $LOAD_PATH do not divide over $nodes machines"
         copies=$((copies - 1))
     done
-    GPUS_PER_NODE=$((copies * ranks))
-    [ "$gpus" = 0 ] || [ "$GPUS_PER_NODE" -le $((gpus * ${NNODES:-1})) ] || GPUS_PER_NODE=$gpus
+    GPUS_PER_NODE=$((copies * ranks / nodes))
+    [ "$gpus" = 0 ] || [ "$GPUS_PER_NODE" -le "$gpus" ] || GPUS_PER_NODE=$gpus
 fi
-processes=$((GPUS_PER_NODE * ${NNODES:-1}))
+processes=$((GPUS_PER_NODE * nodes))
 [ $((processes % ranks)) = 0 ] ||
     die "$LOAD_PATH is cut for $ranks model ranks, but there are $processes processes: re-cut it with scripts/transfer.sh"
 copies=$((processes / ranks))

@@ -21,10 +21,11 @@ words() {
     if [ -f "$1.idx" ]; then split=("$1"); else read -ra split <<<"$1"; fi
 }
 
-# The number of GPUs that may be used here, 0 without any.
+# The number of GPUs that torch can use here; where there are some that it cannot, it says why.
 count_gpus() {
-    command -v nvidia-smi >/dev/null || { echo 0; return; }
-    "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'
+    # Asking torch takes seconds, and without a device there is nothing to ask. (In a container nvidia-smi may be missing.)
+    compgen -G '/dev/nvidia[0-9]*' >/dev/null || command -v nvidia-smi >/dev/null || { echo 0; return; }
+    "$PYTHON" -c 'from megatron.pruning.training import cpu_device; print(cpu_device.count_gpus())'
 }
 
 # launch PROCESSES SCRIPT ARGS...: PROCESSES on each of NNODES machines, through torchrun when there is more than one.

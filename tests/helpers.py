@@ -306,13 +306,22 @@ def run(*command: str, **settings: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(**settings), text=True, capture_output=True)
 
 
-def check_model(folder: Path, **settings: object) -> tuple[list[str], list[str]]:
-    """Run check_model.sh with a Python that starts no training; return what would start one, and its flags."""
+def check_model(folder: Path, gpus: int = 0, **settings: object) -> tuple[list[str], list[str]]:
+    """Run check_model.sh as on a machine with so many GPUs; return what would start the training, and its flags.
+
+    Raises ValueError with what the script says where it ends before that.
+    """
     python, script = folder / "python", str(ROOT / "pretrain_gpt.py")
-    train = f'*pretrain_gpt.py*) printf "%s\\n" "$@" >"{folder}/launched";;'
+    train = f'*pretrain_gpt.py*) printf "%s\\n" "$@" >"{folder}/launched";; *count_gpus*) echo {gpus};;'
     python.write_text(f'#!/bin/sh\ncase "$*" in {train} *) exec {sys.executable} "$@";; esac\n')
     python.chmod(0o755)
-    done = run("bash", str(ROOT / "scripts/check_model.sh"), **settings, PYTHON=python)
-    assert done.returncode == 0, done.stderr
+    path = os.environ["PATH"]
+    if gpus:
+        (folder / "bin").mkdir(exist_ok=True)
+        (folder / "bin/nvidia-smi").symlink_to("/bin/true")
+        path = f"{folder / 'bin'}:{path}"
+    done = run("bash", str(ROOT / "scripts/check_model.sh"), **settings, PYTHON=python, PATH=path)
+    if done.returncode:
+        raise ValueError(done.stderr)
     words = (folder / "launched").read_text().splitlines()
     return words[: words.index(script)], words[words.index(script) + 1 :]

@@ -9,6 +9,7 @@ which a rank failed, and one that says {"kill_after": STEP} when it has logged t
 module's main, and {"gpu": true} does as on a machine with GPUs (gpu_stand_in.py).
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -110,6 +111,22 @@ def run(cases: list[dict[str, Any]]) -> None:
         time.sleep(0.005)
 
 
+def read_sources_once() -> None:
+    """Let the text of Megatron's flags, which it finds in its own sources, be read here and not by every rank."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import add_megatron_arguments
+
+    read, known = ArgumentGroupFactory._get_field_docstrings, dict[type, dict[str, str]]()
+
+    def read_once(self: ArgumentGroupFactory, config: type) -> dict[str, str]:
+        if config not in known:
+            known[config] = read(self, config)
+        return known[config]
+
+    ArgumentGroupFactory._get_field_docstrings = read_once
+    add_megatron_arguments(argparse.ArgumentParser())
+
+
 if __name__ == "__main__":
     root = Path(__file__).resolve().parents[1]
     sys.path += [str(root / folder) for folder in (".", "tools", "tools/checkpoint_conversion")]
@@ -119,6 +136,7 @@ if __name__ == "__main__":
         importlib.import_module(module)
     for module in ("megatron.core.tokenizers.text", "matplotlib.pyplot"):
         importlib.import_module(module)
+    read_sources_once()
 
     for line in sys.stdin:
         run(json.loads(line))

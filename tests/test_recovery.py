@@ -54,6 +54,34 @@ def test_check_model_trains_a_pruned_pipeline_and_resumes(folder: Path) -> None:
     assert exported_loss(folder / "pp2-trained") < resumed[7]
 
 
+@pytest.mark.parametrize(
+    "gpus,nodes,layout,batch,started",
+    [
+        (8, 4, (8, 4), 4, 8),  # a model larger than a machine
+        (8, 4, (8, 2), 4, 8),  # two copies, each on two machines
+        (8, 2, (2, 1), 6, 6),  # as many copies as the batch divides into
+        (8, 1, (2, 1), 8, 8),
+        (8, 3, (8, 2), 4, "the 16 model ranks of .* do not divide over 3 machines"),
+        (8, 1, (8, 2), 4, "cut for 16 model ranks, but there are 8 processes"),
+    ],
+)
+def test_check_model_starts_what_the_gpus_of_all_machines_have_room_for(
+    gpus: int, nodes: int, layout: tuple[int, int], batch: int, started: int | str, folder: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "LOAD_PATH": folder / "hf-torch", "DATA_PATH": "text", "TOKENIZER_MODEL": "none", "GLOBAL_BATCH_SIZE": batch,
+        "TP": layout[0], "PP": layout[1], "NNODES": nodes, "SAVE_PATH": tmp_path / "new",
+    }  # fmt: skip
+    if not settings["LOAD_PATH"].exists():
+        convert(folder / "hf", settings["LOAD_PATH"])
+    if isinstance(started, str):
+        with pytest.raises(ValueError, match=started):
+            check_model(tmp_path, gpus, **settings)
+    else:
+        launcher, words = check_model(tmp_path, gpus, **settings)
+        assert launcher[launcher.index("--nproc_per_node") + 1] == str(started) and "--bf16" in words
+
+
 @pytest.mark.parametrize("format", ["torch", "torch_dist"])
 def test_pruned_tensor_parallel_checkpoint_trains_from_its_own_arguments(folder: Path, format: str) -> None:
     shards = convert(folder / "hf", folder / f"parent-{format}", layout=Layout(tensor=2, vocab_divisor=64))

@@ -51,6 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words += f"--sequences {SEQUENCES} --layer-loss {LOSSES} "
         words += f"--tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {pipeline}"
         cases.append({"name": name, "words": words.split(), "ranks": ranks, "program": "score_importance"})
+    half = f"--load {top / 'gqa'} --data {top / 'text'} --save {top / 'bf16'}.scores --dtype bf16 "
+    half += f"--sequence-length {LENGTH} --sequences {SEQUENCES} --pipeline-model-parallel-size 2"
+    cases.append({"name": "bf16", "words": half.split(), "ranks": 2, "program": "score_importance", "gpu": True})
     for run in StockLoop(top).run_all(cases).values():
         run.ok()
     return top
@@ -117,6 +120,16 @@ def reference(model: Path, tokens: np.ndarray) -> dict[str, torch.Tensor]:
                 sums["layer_losses"][i] += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum")
             llama.model.layers, llama.config.num_hidden_layers = whole, LAYERS
     return sums
+
+
+@pytest.mark.slow
+def test_stages_hand_on_what_they_compute_in_bf16(folder: Path) -> None:
+    """As on GPUs, whose default it is: 8 bits of each number."""
+    half, whole = (read(folder / f"{name}.scores") for name in ("bf16", "gqa-tp1"))
+    assert half.facts.dtype == "bf16" and half.facts.loss == pytest.approx(whole.facts.loss, rel=0.005)
+    for name, sums in whole.sums.items():
+        if name != "layer_losses":
+            assert np.allclose(half.sums[name], sums, rtol=0.05, atol=0.02 * float(np.abs(sums).max())), name
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ import torch
 from helpers import ROOT, load_whole
 from stock_loop import Run, StockLoop, environment
 
+from megatron.pruning.training import cpu_device
+
 STEPS, SAVED, KILLED = 24, 10, 16  # the whole run, the checkpoint to resume from, the step after which -9 comes
 pytestmark = pytest.mark.slow
 
@@ -339,6 +341,20 @@ def test_a_width_that_pruning_left_odd_is_trained(forker: StockLoop) -> None:
     alone = MODEL.replace("--ffn-hidden-size 64", "--ffn-hidden-size 25")
     done = forker.run("odd", f"{alone} {TRAINING} {DATA}".replace(f"--train-iters {STEPS}", "--train-iters 1"))
     assert sorted(done.ok().losses) == [1]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_gpus_that_torch_cannot_use_are_said(
+    hidden: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(cpu_device, "DEVICES", tmp_path)
+    if not hidden:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert cpu_device.count_gpus() == 0
+    said = capsys.readouterr().err
+    assert said == "" if hidden else said.startswith("note: this machine has GPUs that torch cannot use")
+    assert said.count("\n") == (not hidden)
 
 
 def test_entry_script_stands_the_cpu_in_only_for_itself() -> None:

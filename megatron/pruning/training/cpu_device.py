@@ -17,14 +17,17 @@ import argparse
 import contextlib
 import functools
 import os
+import sys
 import types
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 CPU = torch.device("cpu")
+DEVICES = Path("/dev")  # where a machine's GPUs have files
 
 # Stock flags (argparse destinations) as a CPU needs them. They are defaults: what the user types wins, and `refuse`
 # says what cannot work. Fusions are CUDA kernels; gloo is the only backend; the data loader's worker processes would
@@ -53,14 +56,30 @@ FACTORIES = (
 NEW_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
+def count_gpus() -> int:
+    """Return how many GPUs torch can use. Say on standard error why it can use none, where the machine has some."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return torch.cuda.device_count()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not hidden and any(DEVICES.glob("nvidia[0-9]*")) and os.environ.get("RANK", "0") == "0":
+        reasons = [str(warning.message).split(". ")[0] for warning in said]
+        if torch.version.cuda is None:
+            reasons = [f"torch {torch.__version__} is built without CUDA"]
+        why = f": {reasons[0]}" if reasons else ""
+        print(f"note: this machine has GPUs that torch cannot use{why}; the CPU computes", file=sys.stderr)
+    return 0
+
+
 def install() -> bool:
     """Answer every use of the CUDA device with the CPU, unless there is one.
 
-    Return whether the stand-in is in place, from this call or an earlier one: not where torch sees a GPU.
+    Return whether the stand-in is in place, from this call or an earlier one: not where torch can use a GPU.
     """
     if is_installed():
         return True
-    if torch.cuda.is_available():
+    if count_gpus():
         return False
     _set_environment()
     _redirect_factories()
