@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Continue pretraining a pruned checkpoint in the stock Megatron loop: on GPUs (nccl, bf16, TransformerEngine when it is
-# installed) or without (gloo). Run it again to resume from SAVE_PATH, with the same order of data.
+# installed, what Megatron has for many of them) or without (gloo). Run it again to resume from SAVE_PATH, with the same
+# order of data.
 #
 #   LOAD_PATH=llama-7b-tp8 SAVE_PATH=recovered DATA_PATH="0.7 pile_a_text_document 0.3 pile_b_text_document" \
 #   TOKENIZER_MODEL=Llama-2-13b/tokenizer.model GPUS_PER_NODE=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 \
@@ -39,6 +40,7 @@ TENSORBOARD_PATH=${TENSORBOARD_PATH:-$SAVE_PATH/tensorboard}
 TEACHER_LOAD=${TEACHER_LOAD:-}                 # distillation: the unpruned model, e.g. $RUNS/parent; empty: none
 KD_ALPHA=${KD_ALPHA:-1.0}                      # share of the distillation loss; the rest is the language-model loss
 KD_TEMPERATURE=${KD_TEMPERATURE:-1.0}
+DISTRIBUTED_OPTIMIZER=${DISTRIBUTED_OPTIMIZER:-auto} # 1 or 0; auto: where GPUs hold several copies and it can resume
 # The hyper-parameters of the reference's 13B -> 7B recovery: 4.2M tokens a step, 20B in all.
 SEQ_LENGTH=${SEQ_LENGTH:-4096}
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}
@@ -82,9 +84,10 @@ pipeline=$(size_of --pipeline-model-parallel-size)
 ranks=$((tensor * pipeline))
 nodes=${NNODES:-1}
 gpus=$(count_gpus)
-precision=()
+device=(--ckpt-format torch)
 if [ "$gpus" -gt 0 ]; then
-    precision=(--bf16 --cross-entropy-loss-fusion)
+    device=(--bf16 --cross-entropy-loss-fusion --ckpt-format torch_dist) # in which every rank saves what it holds
+    [ "$tensor" = 1 ] || device+=(--sequence-parallel)
 else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
@@ -103,6 +106,12 @@ processes=$((GPUS_PER_NODE * nodes))
 copies=$((processes / ranks))
 [ $((GLOBAL_BATCH_SIZE % copies)) = 0 ] ||
     die "GLOBAL_BATCH_SIZE $GLOBAL_BATCH_SIZE is not a multiple of the $copies data-parallel copies"
+if [ "$gpus" -gt 0 ] && [ "$copies" -gt 1 ] && [ "$DISTRIBUTED_OPTIMIZER" = auto ]; then
+    has_fused_adam && DISTRIBUTED_OPTIMIZER=1
+fi
+[ "$DISTRIBUTED_OPTIMIZER" != 1 ] || device+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
+[ "$tensor" = 1 ] && [[ " $* " != *" --context-parallel-size "* ]] ||
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron asks for it, before Blackwell
 [ $((MICRO_BATCH_SIZE * copies)) -le "$GLOBAL_BATCH_SIZE" ] || MICRO_BATCH_SIZE=$((GLOBAL_BATCH_SIZE / copies))
 
 words "$DATA_PATH"
@@ -117,9 +126,9 @@ fi
 teacher=()
 [ -z "$TEACHER_LOAD" ] || teacher=(--teacher-load "$TEACHER_LOAD" --kd-alpha "$KD_ALPHA" --kd-temperature "$KD_TEMPERATURE")
 
-launch "$GPUS_PER_NODE" "$ROOT/pretrain_gpt.py" "${model[@]}" "${precision[@]}" "${data[@]}" "${teacher[@]}" \
+launch "$GPUS_PER_NODE" "$ROOT/pretrain_gpt.py" "${model[@]}" "${device[@]}" "${data[@]}" "${teacher[@]}" \
     --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER_MODEL" \
-    --load "$SAVE_PATH" --pretrained-checkpoint "$LOAD_PATH" --save "$SAVE_PATH" --ckpt-format torch \
+    --load "$SAVE_PATH" --pretrained-checkpoint "$LOAD_PATH" --save "$SAVE_PATH" \
     --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" \
     --train-iters "$TRAIN_ITERS" --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine \
     --lr-warmup-iters "$LR_WARMUP_ITERS" --weight-decay "$WEIGHT_DECAY" --clip-grad "$CLIP_GRAD" \

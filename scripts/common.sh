@@ -9,7 +9,6 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=$ROOT/.venv/bin/python
 fi
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron asks for it with tensor parallelism
 
 die() {
     echo "error: $*" >&2
@@ -26,6 +25,11 @@ count_gpus() {
     # Asking torch takes seconds, and without a device there is nothing to ask. (In a container nvidia-smi may be missing.)
     compgen -G '/dev/nvidia[0-9]*' >/dev/null || command -v nvidia-smi >/dev/null || { echo 0; return; }
     "$PYTHON" -c 'from megatron.pruning.training import cpu_device; print(cpu_device.count_gpus())'
+}
+
+# Whether Megatron finds the fused Adam of TransformerEngine or of NVIDIA's apex.
+has_fused_adam() {
+    "$PYTHON" -c 'from importlib.util import find_spec as f; raise SystemExit(not (f("transformer_engine") or f("amp_C")))'
 }
 
 # launch PROCESSES SCRIPT ARGS...: PROCESSES on each of NNODES machines, through torchrun when there is more than one.

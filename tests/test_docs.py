@@ -125,7 +125,7 @@ def flags() -> set[str]:
 @pytest.mark.parametrize("file", BOTH, ids=name_of)
 def test_every_flag_that_is_named_is_one(file: Path, flags: set[str]) -> None:
     codes = re.findall(CODE, written(text_of(file)))
-    named = {flag.replace("_", "-") for code in codes for flag in re.findall(r"--[a-z][a-z_-]+", code)}
+    named = {flag.replace("_", "-") for code in codes for flag in re.findall(r"--[a-z][a-z0-9_-]+", code)}
     assert named - flags == set()
 
 
@@ -220,4 +220,4 @@ def test_commands_that_do_not_run_here_are_of_this_project(file: Path, flags: se
     for block in blocks(text_of(file), "sh"):
         assert subprocess.run(["bash", "-n"], input=block, text=True).returncode == 0
         assert [name for name in re.findall(r"[\w/]+\.(?:sh|py)\b", block) if not (ROOT / name).is_file()] == []
-        assert {flag.replace("_", "-") for flag in re.findall(r" (--[a-z][a-z_-]+)", block)} - flags == set()
+        assert {flag.replace("_", "-") for flag in re.findall(r" (--[a-z][a-z0-9_-]+)", block)} - flags == set()

@@ -1,5 +1,7 @@
 """What the project changes in Megatron and torch: it holds where it is applied, and what was there comes back."""
 
+import contextlib
+import importlib.metadata
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import torch
 
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.megatron_patches import Patch, applied, while_training
+from megatron.pruning.training.quiet import quiet_imports
 
 
 def test_patches_hold_only_where_they_are_applied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +34,15 @@ def test_patches_hold_only_where_they_are_applied(monkeypatch: pytest.MonkeyPatc
             optimizer.step()
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-6)
     assert not torch.equal(weights[0], torch.linspace(-1, 1, 50))
+
+
+@pytest.mark.parametrize("version,said", [("0.18.2", "and 0.18.2 is installed"), ("0.20.0rc1", None), ("1.0", None)])
+def test_a_megatron_that_is_too_old_is_refused_in_a_sentence(
+    version: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(SystemExit, match=said) if said else contextlib.nullcontext(), quiet_imports():
+        pass
 
 
 def test_a_patch_of_one_object_gives_back_what_it_inherits() -> None:

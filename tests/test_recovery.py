@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import check_model, convert, hf_loss, make_llama, prune, write_repeated
+from helpers import ROOT, check_model, convert, hf_loss, make_llama, prune, write_repeated
 from stock_loop import StockLoop
 
 from megatron.pruning.model.layout import Layout
@@ -79,7 +79,24 @@ def test_check_model_starts_what_the_gpus_of_all_machines_have_room_for(
             check_model(tmp_path, gpus, **settings)
     else:
         launcher, words = check_model(tmp_path, gpus, **settings)
-        assert launcher[launcher.index("--nproc_per_node") + 1] == str(started) and "--bf16" in words
+        assert launcher[launcher.index("--nproc_per_node") + 1] == str(started)
+        assert "--bf16 --cross-entropy-loss-fusion --ckpt-format torch_dist --sequence-parallel" in " ".join(words)
+        assert "--use-distributed-optimizer" not in words, "without a fused Adam it cannot resume"
+
+
+@pytest.mark.parametrize("given,there", [("auto", True), ("0", False)])
+def test_check_model_spreads_the_optimizer_where_it_can_resume(
+    given: str, there: bool, folder: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "LOAD_PATH": folder / "hf-torch", "DATA_PATH": "text", "TOKENIZER_MODEL": "none", "GLOBAL_BATCH_SIZE": 8,
+        "SAVE_PATH": tmp_path / "new", "PYTHONPATH": ROOT / "tests/te_stand_in", "DISTRIBUTED_OPTIMIZER": given,
+    }  # fmt: skip
+    if not settings["LOAD_PATH"].exists():
+        convert(folder / "hf", settings["LOAD_PATH"])
+    _, words = check_model(tmp_path, 8, **settings)
+    flags = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+    assert (flags in " ".join(words)) is there and "--sequence-parallel" not in words
 
 
 @pytest.mark.parametrize("format", ["torch", "torch_dist"])

@@ -1,7 +1,10 @@
 """Keep Megatron quiet about libraries that this project does without, and about what only its authors can change."""
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -21,9 +24,27 @@ _RECORDS = {
 }
 
 
+OLDEST = (0, 19)  # the Megatron whose training loop, models and formats the project knows
+
+
+def require_megatron() -> None:
+    """End the program with a sentence where megatron-core is not there or is older than `OLDEST`."""
+    needs = f"megatron-core {'.'.join(map(str, OLDEST))} or newer is needed to train, score and reconstruct"
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        if importlib.util.find_spec("megatron.core") is None:
+            raise SystemExit(f"error: {needs}, and none is installed: pip install 'megatron-core[training]'") from None
+        return  # from a directory of sources, which says no version
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers and tuple(map(int, numbers.groups())) < OLDEST:
+        raise SystemExit(f"error: {needs}, and {version} is installed: pip install -U 'megatron-core[training]'")
+
+
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Silence exactly these complaints, and only inside of the `with`."""
+    """Import Megatron in this `with`: it must be one that is known, and exactly these complaints are not heard."""
+    require_megatron()
     loggers = [logging.getLogger(name) for name in _RECORDS]
     for logger in loggers:
         logger.addFilter(_is_wanted)
