@@ -131,9 +131,7 @@ def refuse(args: argparse.Namespace) -> None:
 
 
 def _set_environment() -> None:
-    # torch.compile would want a compiler, and minutes for tiny models; told not to, it still takes a second to load.
-    if os.environ.setdefault("TORCHDYNAMO_DISABLE", "1") == "1":
-        torch.compile = lambda model=None, **options: model if model else lambda model: model  # type: ignore[assignment]
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # torch.compile would want a compiler and minutes for tiny models
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it where it is parallel
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # one machine
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve would stop gloo
