@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Set up, then run the tests, a file at a time on each core. Flags of pytest may follow, e.g. -x -k pruning.
+# Set up, then run the tests, several files at a time. Flags of pytest may follow, e.g. -x -k pruning.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 source "$HERE/scripts/common.sh"
 cd "$ROOT"
-"$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+# One more than there are cores, and at most 4: many tests wait for processes of their own.
+workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
+"$PYTHON" -m pytest --numprocesses "$workers" --dist loadfile "$@"

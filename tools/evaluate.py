@@ -18,11 +18,10 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive
@@ -33,6 +32,9 @@ from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.small_files import replace_durably
 from megatron.pruning.training.hf_model import build, tokenizer_of
 from megatron.pruning.training.tokens import windows
+
+if TYPE_CHECKING:  # it takes seconds, and --help and a mistake need none
+    from transformers import PreTrainedModel
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 @torch.no_grad()
-def loss(model: PreTrainedModel, data: torch.Tensor, batch: int, name: str) -> float:
+def loss(model: "PreTrainedModel", data: torch.Tensor, batch: int, name: str) -> float:
     """Return the mean cross entropy in nats over every token but the first of each window."""
     total = 0.0
     for part in tqdm(torch.split(data, batch), desc=name, leave=False, disable=not sys.stderr.isatty()):
@@ -92,7 +94,7 @@ def loss(model: PreTrainedModel, data: torch.Tensor, batch: int, name: str) -> f
     return total / (data.shape[0] * (data.shape[1] - 1))
 
 
-def task_scores(checkpoint: Checkpoint, model: PreTrainedModel, args: argparse.Namespace) -> dict[str, float]:
+def task_scores(checkpoint: Checkpoint, model: "PreTrainedModel", args: argparse.Namespace) -> dict[str, float]:
     """Return what lm-evaluation-harness measures, by "task metric". Raises ValueError without a tokenizer or a task."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
