@@ -110,7 +110,7 @@ if [ "$gpus" -gt 0 ] && [ "$copies" -gt 1 ] && [ "$DISTRIBUTED_OPTIMIZER" = auto
     has_fused_adam && DISTRIBUTED_OPTIMIZER=1
 fi
 [ "$DISTRIBUTED_OPTIMIZER" != 1 ] || device+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
-[ "$tensor" = 1 ] && [[ " $* " != *" --context-parallel-size "* ]] ||
+[ "$tensor" = 1 ] && [[ " $* " != *" --context-parallel-size"* ]] ||
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron asks for it, before Blackwell
 [ $((MICRO_BATCH_SIZE * copies)) -le "$GLOBAL_BATCH_SIZE" ] || MICRO_BATCH_SIZE=$((GLOBAL_BATCH_SIZE / copies))
 

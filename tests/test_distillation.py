@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.training.distillation import VocabParallelKL
 
 pytestmark = pytest.mark.slow
 
@@ -307,3 +308,21 @@ def test_mistakes_are_refused_in_one_sentence(loop: StockLoop) -> None:
         assert "Traceback" not in found[flags].log, flags
     wanted = "--teacher-load cannot be combined with a virtual pipeline: leave one of them out"
     assert wanted in runs["virtual"].error
+
+
+def test_fp16_keeps_small_differences_until_the_loss_is_scaled() -> None:
+    """They are below its smallest number; the gradient is that of the same logits in fp32."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    draw = torch.Generator().manual_seed(0)
+    teacher = torch.randn(4, 2, 5000, generator=draw).half()
+    student = (teacher.float() + 1e-3 * torch.randn(4, 2, 5000, generator=draw)).half()
+    found = []
+    try:
+        for dtype in (torch.float16, torch.float32):
+            logits = student.to(dtype, copy=True).requires_grad_()
+            loss = VocabParallelKL.apply(logits, teacher.to(dtype), 1.0, 5000, torch.distributed.group.WORLD)
+            (loss.sum() * 65536).backward()
+            found.append(logits.grad.float())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-3

@@ -80,7 +80,9 @@ class VocabParallelKL(torch.autograd.Function):
         width = student.shape[-1]
         mine = min(max(vocab - torch.distributed.get_rank(group) * width, 0), width)  # columns that are no padding
         divergence = torch.empty(student.shape[:-1], dtype=torch.float32, device=student.device)
-        difference = torch.zeros_like(student, memory_format=torch.contiguous_format)
+        # fp16 has no room for small differences before the loss is scaled.
+        kept = torch.float32 if student.dtype == torch.float16 else student.dtype
+        difference = torch.zeros(student.shape, dtype=kept, device=student.device)
         # In fp32 there are only a few tokens at a time: the logits of a whole sequence may take gigabytes.
         rows = max(1, _FP32_VALUES // width)
         logits = (torch.split(tensor.reshape(-1, width), rows) for tensor in (student, teacher, difference))
@@ -91,7 +93,7 @@ class VocabParallelKL(torch.autograd.Function):
             gap[:, :mine] = log_q.exp_().sub_(p)
         torch.distributed.all_reduce(divergence, group=group)
         ctx.save_for_backward(difference)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.dtype = temperature, student.dtype
         return divergence.mul_(temperature**2)
 
     @staticmethod
@@ -102,7 +104,7 @@ class VocabParallelKL(torch.autograd.Function):
         """
         (difference,) = ctx.saved_tensors
         factor = gradients[0].unsqueeze(-1) * ctx.temperature
-        return torch.mul(difference, factor, out=torch.empty_like(difference)), None, None, None, None
+        return torch.mul(difference, factor, out=torch.empty_like(difference, dtype=ctx.dtype)), None, None, None, None
 
 
 def _log_softmax(logits: list[torch.Tensor], temperature: float, group: Any) -> list[torch.Tensor]:

@@ -217,10 +217,13 @@ class Job:
         return int(self.text.calibration.tokens.size) * widths * 4
 
     def _fits_in_memory(self) -> bool:
-        """Tell whether a GPU has room for this rank's hidden states, with as much again for the work."""
+        """Tell whether every rank's GPU has room for its hidden states, with as much again for the work."""
         if self.text.device.type != "cuda" or cpu_device.is_installed():
             return False
-        return self._bytes_of_states() / self.text.ranks < torch.cuda.mem_get_info(self.text.device)[0] / 2
+        room = torch.cuda.mem_get_info(self.text.device)[0] / 2
+        without = torch.tensor(float(self._bytes_of_states() / self.text.ranks >= room), device=self.text.device)
+        self.text.add_up(without)  # all ranks must do the same
+        return float(without) == 0
 
 
 def _number(ridge: float) -> float | None:
