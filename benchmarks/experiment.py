@@ -137,9 +137,9 @@ class Experiment:
         """Return the validation loss in nats, measured once for each name."""
         if "loss" not in self.results.get(name, {}):
             import torch
-            from evaluate import loss
 
             from megatron.pruning.formats import open_checkpoint
+            from megatron.pruning.training.evaluation import loss
             from megatron.pruning.training.hf_model import build
             from megatron.pruning.training.tokens import windows
 
@@ -147,7 +147,7 @@ class Experiment:
             opened = open_checkpoint(checkpoint, iteration)
             data = windows(self.text() / VALIDATION, self.sequence, EVALUATED // self.sequence, opened)
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            value = loss(build(opened, "fp32", device), torch.from_numpy(data), 8, name)
+            value = loss(build(opened, "fp32", device), data, 8, name)
             self.keep(name, {"loss": value})
         return self.results[name]["loss"]
 

@@ -113,17 +113,15 @@ class Bench:
 
     def measure(self, path: Path) -> dict[str, float]:
         """Return a model's parameters and its perplexity on each text."""
-        import torch
-        from evaluate import loss
-
         from megatron.pruning.formats import open_checkpoint
+        from megatron.pruning.training.evaluation import loss
         from megatron.pruning.training.hf_model import build
         from megatron.pruning.training.tokens import windows
 
         opened = open_checkpoint(path)
         model, found = build(opened, "fp32", "cpu"), {"parameters": opened.config.parameters}
         for name, (_, valid) in self.texts.items():
-            data = torch.from_numpy(windows(valid, LENGTH, EVALUATED, opened, spread=True))
+            data = windows(valid, LENGTH, EVALUATED, opened, spread=True)
             found[name] = round(math.exp(loss(model, data, 4, name)), 2)
         return found
 

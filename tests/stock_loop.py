@@ -1,14 +1,16 @@
 """The stock training loop for tests: runs of pretrain_gpt.py whose ranks one process forks (stock_worker.py)."""
 
-import atexit
+import contextlib
 import functools
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from helpers import ROOT, environment, python_path
 
@@ -43,21 +45,26 @@ class Run:
 
 
 @functools.cache
-def worker(te: bool) -> subprocess.Popen[str]:
-    """Return the process that has imported pretrain_gpt.py, one for all of the tests; it ends when they do.
+def worker(te: bool) -> TextIO:
+    """Return a line to the process that has imported pretrain_gpt.py, one for all processes of a test run.
 
-    With `te` it has imported the stand-in for TransformerEngine, too.
+    Whoever needs it first starts it, and it ends with the last of them. With `te` it has imported the stand-in for
+    TransformerEngine, too.
     """
-    path = python_path(ROOT / "tests/te_stand_in") if te else python_path(ROOT)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/stock_worker.py")],
-        env=environment(LOCAL_WORLD_SIZE=4, PYTHONPATH=path),  # how many devices the stand-in says there are
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    atexit.register(process.communicate)
-    return process
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")
+    address = f"\0stock loop {session} {te}"  # no file, but a name that the system forgets with the socket
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as door:
+        door.bind(address)
+        door.listen()
+        path = python_path(ROOT / "tests/te_stand_in") if te else python_path(ROOT)
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/stock_worker.py"), f"{door.fileno()}"],
+            env=environment(LOCAL_WORLD_SIZE=4, PYTHONPATH=path),  # how many devices the stand-in says there are
+            pass_fds=[door.fileno()],
+        )
+    line = socket.socket(socket.AF_UNIX)
+    line.connect(address)
+    return line.makefile("rw")
 
 
 @dataclass
@@ -73,11 +80,9 @@ class StockLoop:
 
     def run_all(self, cases: list[dict]) -> dict[str, Run]:
         """Run several cases, two at a time, and return what each left."""
-        process = worker(self.te)
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps([{**case, "folder": str(self.folder)} for case in cases]) + "\n")
-        process.stdin.flush()
-        answers = [process.stdout.readline().split() for _ in cases]
+        line = worker(self.te)
+        line.writelines(json.dumps({**case, "folder": str(self.folder)}) + "\n" for case in cases)
+        line.flush()
+        answers = [line.readline().split() for _ in cases]
         assert all(answers), "the process that runs the cases has ended; what it said stands above"
         return {name: Run(int(status), (self.folder / f"{name}.log").read_text()) for name, status in answers}

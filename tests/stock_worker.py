@@ -1,19 +1,21 @@
 """Run many cases of pretrain_gpt.py, or of another program: Megatron is imported once, and every rank is a fork.
 
-    python tests/stock_worker.py
+    python tests/stock_worker.py LISTENING_SOCKET
 
-Each line of standard input is a JSON list of cases {"folder": DIR, "name": NAME, "words": [FLAG, ...], "ranks": COUNT},
-run two at a time, each in its folder; NAME.log there takes what all ranks of a case print. As each ends, "NAME STATUS"
-is printed: 0, or that of the first rank that failed. A case that takes too long is killed, as is what is left of one in
+Each line that a client sends is a case {"folder": DIR, "name": NAME, "words": [FLAG, ...], "ranks": COUNT}, run in its
+folder, two of all clients' at a time; NAME.log there takes what all ranks print. As each ends, "NAME STATUS" is the
+answer: 0, or that of the first rank that failed. A case that takes too long is killed, as is what is left of one in
 which a rank failed, and one that says {"kill_after": STEP} when it has logged that step. {"program": NAME} runs another
-module's main, and {"gpu": true} does as on a machine with GPUs (gpu_stand_in.py).
+module's main, and {"gpu": true} does as on a machine with GPUs (gpu_stand_in.py). The last client's leaving ends it.
 """
 
 import argparse
 import importlib
 import json
 import os
+import select
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -99,16 +101,26 @@ def be_rank(log: Path, program: str, words: list[str], settings: dict[str, str])
     os._exit(status)
 
 
-def run(cases: list[dict[str, Any]]) -> None:
-    """Run the cases in order, `AT_ONCE` of them together."""
-    waiting, running = list(cases), list[Case]()
-    while waiting or running:
+def serve(door: socket.socket) -> None:
+    """Run the cases of all clients in the order in which they came, `AT_ONCE` of them together."""
+    clients, waiting, running = dict[socket.socket, bytes](), list[tuple[socket.socket, dict[str, Any]]](), {}
+    while True:
+        # Ranks end without a word, and are looked for; with none of them there is nothing to do but to listen.
+        for ready in select.select([door, *clients], [], [], 0.005 if running else None)[0]:
+            if ready is door:
+                clients[door.accept()[0]] = b""
+            elif said := ready.recv(1 << 16):
+                *lines, clients[ready] = (clients[ready] + said).split(b"\n")
+                waiting += [(ready, json.loads(line)) for line in lines]
+            else:
+                del clients[ready]
+                if not clients:
+                    return
         while waiting and len(running) < AT_ONCE:
-            running.append(Case(**waiting.pop(0)))
+            client, case = waiting.pop(0)
+            running[Case(**case)] = client
         for case in [case for case in running if case.ended()]:
-            running.remove(case)
-            print(case.name, case.status, flush=True)
-        time.sleep(0.005)
+            running.pop(case).sendall(f"{case.name} {case.status}\n".encode())
 
 
 def read_sources_once() -> None:
@@ -140,5 +152,4 @@ if __name__ == "__main__":
     # The tokens of a test, too, are to be more than are taken at once.
     importlib.import_module(f"{ours}.distillation")._FP32_VALUES = 1000
 
-    for line in sys.stdin:
-        run(json.loads(line))
+    serve(socket.socket(fileno=int(sys.argv[1])))

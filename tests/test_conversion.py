@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import evaluate
 import pytest
 import show_checkpoint
 import torch
@@ -33,6 +32,7 @@ from megatron.pruning.model.hf_config import config_from_hf, config_to_hf
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.storage.output import write_files
 from megatron.pruning.storage.processes import World
+from megatron.pruning.training.hf_model import build
 
 LAYOUTS = [(tensor, pipeline) for tensor in (1, 2, 4) for pipeline in (1, 2)]
 STOCK_LAYOUTS = [layout for layout in LAYOUTS if layout != (4, 2)]  # at most 4 ranks to launch
@@ -143,7 +143,7 @@ def test_evaluation_computes_the_exported_model_without_an_export(llama: Path, t
     shards = convert(llama, tmp_path / "m", tensor=2, pipeline=2)
     tokens = torch.arange(40).view(2, 20)
     with torch.no_grad():
-        logits = evaluate.build(open_checkpoint(shards), "fp32", "cpu")(tokens).logits
+        logits = build(open_checkpoint(shards), "fp32", "cpu")(tokens).logits
     assert torch.allclose(logits, hf_logits(llama, tokens), atol=1e-5)
 
 

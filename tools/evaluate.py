@@ -15,32 +15,22 @@ import argparse
 import importlib.util
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from tqdm import tqdm
+from typing import Any
 
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.plan.report import table
 from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.small_files import replace_durably
-from megatron.pruning.training.hf_model import build, tokenizer_of
 from megatron.pruning.training.tokens import windows
-
-if TYPE_CHECKING:  # it takes seconds, and --help and a mistake need none
-    from transformers import PreTrainedModel
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser("evaluate.py", __doc__)
-    gpu = torch.cuda.is_available()
     parser.add_argument(
         "--load", type=Path, action="append", required=True, metavar="DIR", help="checkpoint; may be repeated"
     )
@@ -70,49 +60,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=tuple(TORCH_NAMES),
-        default="bf16" if gpu else "fp32",
         help="dtype to compute in (default: bf16 on a GPU, else fp32)",
     )
     parser.add_argument(
         "--device",
-        default="cuda" if gpu else "cpu",
         metavar="NAME",
         help="device to compute on (default: a GPU when there is one)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the results to, too")
     return parser
-
-
-@torch.no_grad()
-def loss(model: "PreTrainedModel", data: torch.Tensor, batch: int, name: str) -> float:
-    """Return the mean cross entropy in nats over every token but the first of each window."""
-    total = 0.0
-    for part in tqdm(torch.split(data, batch), desc=name, leave=False, disable=not sys.stderr.isatty()):
-        part = part.to(model.device)
-        logits = model(part[:, :-1]).logits.float()
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
-    return total / (data.shape[0] * (data.shape[1] - 1))
-
-
-def task_scores(checkpoint: Checkpoint, model: "PreTrainedModel", args: argparse.Namespace) -> dict[str, float]:
-    """Return what lm-evaluation-harness measures, by "task metric". Raises ValueError without a tokenizer or a task."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    tokenizer = tokenizer_of(checkpoint)
-    manager = TaskManager(include_path=args.task_folder)
-    unknown = [name for name in args.tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise ValueError(f"--tasks {','.join(unknown)}: lm-evaluation-harness has no such task, nor has --task-folder")
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
-    found = simple_evaluate(wrapped, tasks=args.tasks, task_manager=manager, limit=args.limit, log_samples=False)
-    return {
-        f"{task} {metric.removesuffix(',none')}": value
-        for task, metrics in found["results"].items()
-        for metric, value in metrics.items()
-        if isinstance(value, float) and "_stderr" not in metric
-    }
 
 
 def result_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -132,14 +88,14 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("give --data, --tasks or both: what the checkpoints are to be compared on")
     if args.tasks and not importlib.util.find_spec("lm_eval"):
         raise ValueError("--tasks needs lm-evaluation-harness, which is not installed: pip install lm-eval==0.4.13")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch sees no GPU here; leave it out")
-    try:
-        torch.empty(0, device=args.device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {args.device}: torch has no such device here; leave it out") from error
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no directory {args.json.parent}")
+    # They take seconds, and --help and the mistakes above need none of them.
+    from megatron.pruning.training.evaluation import device_named, loss, task_scores
+    from megatron.pruning.training.hf_model import build
+
+    device = device_named(args.device)
+    dtype = args.dtype or ("fp32" if device == "cpu" else "bf16")
     checkpoints = [open_checkpoint(path) for path in args.load]
     data = None
     if args.data:
@@ -147,16 +103,18 @@ def main(argv: Sequence[str]) -> None:
         if args.max_tokens < args.sequence_length:
             raise ValueError(f"--max-tokens {args.max_tokens} is less than a window of {args.sequence_length}")
         number = args.max_tokens // args.sequence_length
-        data = torch.from_numpy(windows(args.data, args.sequence_length, number, smallest))
-        print(f"{data.shape[0] * args.sequence_length:,} tokens of {args.data}")
+        data = windows(args.data, args.sequence_length, number, smallest)
+        print(f"{len(data) * args.sequence_length:,} tokens of {args.data}")
     results: list[dict[str, Any]] = []
     for checkpoint in checkpoints:
-        model = build(checkpoint, args.dtype, args.device)
+        model = build(checkpoint, dtype, device)
         result: dict[str, Any] = {"path": str(checkpoint.path), "parameters": checkpoint.config.parameters}
         if data is not None:
             result["loss"] = loss(model, data, args.batch_size, str(checkpoint.path))
             result["perplexity"] = math.exp(result["loss"])
-        results.append(result | (task_scores(checkpoint, model, args) if args.tasks else {}))
+        if args.tasks:
+            result |= task_scores(checkpoint, model, args.tasks, args.task_folder, args.batch_size, args.limit)
+        results.append(result)
     print(result_table(results))
     if args.json:
         replace_durably(args.json, (json.dumps(results, indent=1) + "\n").encode())

@@ -7,8 +7,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from megatron.pruning.cli.entry import plain, run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.formats import open_checkpoint
@@ -35,9 +33,8 @@ def main(argv: Sequence[str]) -> None:
     tokenizer, model = tokenizer_of(checkpoint), build(checkpoint, checkpoint.dtype, "cpu")
     for prompt in args.prompt:
         tokens = tokenizer(prompt, return_tensors="pt").input_ids
-        with torch.no_grad():
-            # Greedy text of a small model soon repeats itself; the penalty keeps it moving.
-            out = model.generate(tokens, max_new_tokens=args.max_new_tokens, do_sample=False, repetition_penalty=1.2)
+        # Greedy text of a small model soon repeats itself; the penalty keeps it moving.
+        out = model.generate(tokens, max_new_tokens=args.max_new_tokens, do_sample=False, repetition_penalty=1.2)
         print(f"--- {prompt!r}\n{plain(tokenizer.decode(out[0], skip_special_tokens=True))}\n")
 
 

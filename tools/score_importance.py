@@ -18,15 +18,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, natural, new_parser, positive
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.processes import is_first
-from megatron.pruning.training import cpu_device
 from megatron.pruning.training.quiet import quiet_imports
 from megatron.pruning.training.tokens import windows
 
@@ -98,9 +95,13 @@ def main(argv: Sequence[str]) -> None:
     length = args.sequence_length or min(positions, LONGEST)
     if length > positions:
         raise ValueError(f"--sequence-length {length} is more than the {positions} positions of {args.load}")
+    # torch and Megatron take seconds, and --help and the mistakes above need neither.
+    from megatron.pruning.training import cpu_device
+
     cpu_device.install()
     text = windows(args.data, length, args.sequences, checkpoint, spread=True)
     with quiet_imports():
+        import torch
         from megatron.core import parallel_state
 
         from megatron.pruning.training.record_scores import Recorder

@@ -7,8 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megatron.pruning.formats.huggingface import CONFIG_FILE
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.hf_config import config_to_hf, hf_export_problem
@@ -16,12 +14,13 @@ from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.small_files import as_json, write_durably
 from megatron.pruning.storage.views import cast, read_all
 
-if TYPE_CHECKING:  # transformers takes seconds, and who has text in tokens needs none
+if TYPE_CHECKING:  # torch and transformers take seconds, and who has text in tokens needs neither
     from transformers import PreTrainedModel
 
 
 def build(checkpoint: Checkpoint, dtype: str, device: str) -> "PreTrainedModel":
     """Return the checkpoint as a transformers model in eval mode. Raises ValueError for what transformers has not."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if problem := hf_export_problem(checkpoint.config):
