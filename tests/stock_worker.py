@@ -28,6 +28,7 @@ from torch.distributed import TCPStore
 from megatron.pruning.cli import entry
 
 AT_ONCE, TIMEOUT, GRACE = 2, 90.0, 2.0  # cases; seconds for one, and for the others of a rank that failed
+PORT = 8  # bytes in which a port is told
 
 
 class Case:
@@ -46,23 +47,25 @@ class Case:
         self.name, self.status, self.kill_after = name, 0, kill_after
         self.log = Path(folder, f"{name}.log")
         self.deadline = time.monotonic() + TIMEOUT
-        # Where the ranks meet. As under torchrun it is the parent's, which asked the system for a port: one that is
-        # found free and given back may be another case's before it is used.
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         world = {
             "WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": f"{self.store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
         self.log.touch()
         self.children: set[int] = set()
+        port, tell = os.pipe()
         for rank in range(ranks):
             child = os.fork()
             if child == 0:
+                world |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "MASTER_PORT": os.read(port, PORT).decode()}
                 if gpu:
                     gpu_stand_in.install()
-                be_rank(self.log, program, words, world | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
+                be_rank(self.log, program, words, world)
             self.children.add(child)
+        self.keeper = os.fork()
+        if self.keeper == 0:
+            keep_store(tell, ranks)
+        os.close(port), os.close(tell)
 
     def ended(self) -> bool:
         """Reap the ranks that have ended, and kill those that never will."""
@@ -79,7 +82,22 @@ class Case:
         if time.monotonic() > self.deadline:
             for child in self.children:
                 os.kill(child, signal.SIGKILL)
+        if not self.children:
+            os.kill(self.keeper, signal.SIGKILL), os.waitpid(self.keeper, 0)
         return not self.children
+
+
+def keep_store(tell: int, ranks: int) -> NoReturn:
+    """Be where the ranks meet, and tell each the port.
+
+    As under torchrun it is nobody's of them, on a port that the system gave: one that is found free and given back may
+    be another case's before it is used. The store has a thread, which may hold a lock of the C library at any time: a
+    process that forks ranks has none.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(tell, f"{store.port:{PORT}}".encode() * ranks)
+    while True:
+        signal.pause()
 
 
 def be_rank(log: Path, program: str, words: list[str], settings: dict[str, str]) -> NoReturn:
@@ -103,8 +121,8 @@ def be_rank(log: Path, program: str, words: list[str], settings: dict[str, str])
 
 def serve(door: socket.socket) -> None:
     """Run the cases of all clients in the order in which they came, `AT_ONCE` of them together."""
-    clients, waiting, running = dict[socket.socket, bytes](), list[tuple[socket.socket, dict[str, Any]]](), {}
-    while True:
+    clients, waiting, running = {door.accept()[0]: b""}, list[tuple[socket.socket, dict[str, Any]]](), {}
+    while clients or running:
         # Ranks end without a word, and are looked for; with none of them there is nothing to do but to listen.
         for ready in select.select([door, *clients], [], [], 0.005 if running else None)[0]:
             if ready is door:
@@ -112,15 +130,18 @@ def serve(door: socket.socket) -> None:
             elif said := ready.recv(1 << 16):
                 *lines, clients[ready] = (clients[ready] + said).split(b"\n")
                 waiting += [(ready, json.loads(line)) for line in lines]
-            else:
+            else:  # who left wants no more of its cases
                 del clients[ready]
-                if not clients:
-                    return
+                waiting = [(client, case) for client, case in waiting if client is not ready]
+                for case in [case for case, client in running.items() if client is ready]:
+                    case.deadline = 0.0
         while waiting and len(running) < AT_ONCE:
             client, case = waiting.pop(0)
             running[Case(**case)] = client
         for case in [case for case in running if case.ended()]:
-            running.pop(case).sendall(f"{case.name} {case.status}\n".encode())
+            client = running.pop(case)
+            if client in clients:
+                client.sendall(f"{case.name} {case.status}\n".encode())
 
 
 def read_sources_once() -> None:

@@ -11,7 +11,6 @@ import convert as converter
 import pytest
 import torch
 from helpers import (
-    CONVERT,
     assert_same_tensors,
     convert,
     digests,
@@ -19,12 +18,11 @@ from helpers import (
     make_llama,
     rank_file,
     rewritten,
-    run,
     tensors,
-    torchrun,
 )
 from safetensors.torch import load_file, save_file
 from show_checkpoint import digest
+from stock_loop import StockLoop
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.formats.format import SaveOptions
@@ -274,11 +272,9 @@ def test_a_process_that_fails_fails_the_run_and_leaves_no_checkpoint(gqa: Path, 
     state = load_file(gqa / "model.safetensors")
     state["model.layers.0.mlp.up_proj.weight"][-1] = 1e6  # on tensor rank 1 alone, whose file process 1 writes
     save_file(state, tmp_path / "hf/model.safetensors")
-    command = [CONVERT, "--load", str(tmp_path / "hf")]
-    command += ["--save", str(tmp_path / "out"), "--tensor-model-parallel-size", "2", "--dtype", "fp16"]
-    done = run(*torchrun(2), *command)
-    assert done.returncode != 0
-    assert "[rank 1] error: a weight of magnitude 1e+06 does not fit fp16" in done.stderr
+    words = "--load hf --save out --tensor-model-parallel-size 2 --dtype fp16"
+    done = StockLoop(tmp_path).run("process", words, ranks=2, program="convert")
+    assert done.code and "[rank 1] error: a weight of magnitude 1e+06 does not fit fp16" in done.log
     assert not (tmp_path / "out").exists()
 
 

@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import preprocess_data as tool
 import pytest
-from helpers import ROOT, run
+from stock_loop import StockLoop
 
 from megatron.pruning.storage import small_files
 
@@ -144,9 +143,10 @@ def test_empty_or_missing_input_and_unknown_tokenizer_are_refused(tmp_path: Path
 
 def test_command_says_one_sentence_and_exits_with_1(tmp_path: Path, model: Path) -> None:
     lines = write_lines(tmp_path / "bad.jsonl", ["nonsense"])
-    done = run(sys.executable, str(ROOT / "tools/preprocess_data.py"), *command([lines], tmp_path / "p", model))
-    assert done.returncode == 1
-    (said,) = done.stderr.splitlines()  # and nothing of what is not installed
+    words = " ".join(command([lines], tmp_path / "p", model))
+    done = StockLoop(tmp_path).run("bad", words, program="preprocess_data")
+    assert done.code == 1
+    (said,) = done.log.splitlines()
     assert said.startswith(f"error: {lines} line 1: not valid JSON")
 
 

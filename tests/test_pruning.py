@@ -11,7 +11,6 @@ import pytest
 import show_checkpoint
 import torch
 from helpers import (
-    PRUNE,
     assert_same_tensors,
     convert,
     digests,
@@ -21,13 +20,12 @@ from helpers import (
     plan_of,
     prune,
     rank_file,
-    run,
     set_config,
     sliced,
     tensors,
-    torchrun,
 )
 from safetensors.torch import load_file, save_file
+from stock_loop import StockLoop
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron.pruning.formats import open_checkpoint
@@ -99,9 +97,9 @@ def test_any_number_of_processes_and_any_source_give_the_same_bytes(gqa: Path, t
                         "--pipeline-model-parallel-size=1")  # fmt: skip
     assert digests(one) == digests(from_shards)
     # More than there are files: one of them writes nothing.
-    done = run(*torchrun(3), PRUNE, "--load", str(gqa), "--save", str(tmp_path / "three"), *flags)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("parameters") == 2  # the parent's line and the table's, from one process only
+    words = ["--load", str(gqa), "--save", "three", *flags]
+    done = StockLoop(tmp_path).run("processes", " ".join(words), ranks=3, program="prune_llama").ok()
+    assert done.log.count("parameters") == 2  # the parent's line and the table's, from one process only
     assert digests(one) == digests(tmp_path / "three")
 
 

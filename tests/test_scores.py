@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import fingerprint
 from megatron.pruning.plan.scores import Facts, Scores, read, shapes, write
-from megatron.pruning.training import scoring
+from megatron.pruning.training import cpu_device, scoring
 from megatron.pruning.training.tokens import windows
 
 LENGTH, SEQUENCES, LAYERS, LOSSES = 24, 5, 4, 3
@@ -356,7 +356,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 def test_mistakes_of_a_user_are_said_before_anything_is_built(
     folder: Path, words: str, complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_importance.cpu_device, "install", lambda: False)  # this process keeps its device
+    monkeypatch.setattr(cpu_device, "install", lambda: False)  # this process keeps its device
     with pytest.raises(ValueError, match=complaint):
         score_importance.main(["--load", str(folder / "gqa"), *words.format(here=folder).split()])
 

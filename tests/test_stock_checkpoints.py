@@ -88,10 +88,8 @@ CASES = [
     Case("tied", "bf16", "torch", (4, 1), torch=(1, 1), torch_dist=(2, 1)),
     Case("tied", "fp32", "torch", (2, 2), torch=(4, 1), torch_dist=(2, 2)),
     Case("gqa", "bf16", "torch_dist", (1, 1), torch=(4, 1), torch_dist=(2, 1)),
-    Case("tied", "fp32", "torch_dist", (2, 1), torch=(2, 2), torch_dist=(1, 1)),
     Case("mha", "fp32", "torch_dist", (4, 1), torch=(2, 1), torch_dist=(2, 2)),
     Case("gqa", "fp32", "torch_dist", (2, 2), torch=(1, 1), torch_dist=(4, 1)),
-    Case("mha", "bf16", "torch", (2, 2), torch=(2, 1), torch_dist=(1, 1)),
     Case("groups", "fp32", "torch_dist", (2, 1), torch=(2, 1), torch_dist=(2, 1), flags="--sequence-parallel"),
 ]
 BF16_CASES = [case for case in CASES if case.precision == "bf16"]
