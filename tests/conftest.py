@@ -10,7 +10,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 pytest.register_assert_rewrite("helpers")
 
-from helpers import EACH_SHAPE, ROOT, load_whole, make_llama  # noqa: E402, F401 - two are for tests that ask for them here
+from commands import ROOT  # noqa: E402, F401 - two are for tests that ask for them here
+from helpers import EACH_SHAPE, load_whole, make_llama  # noqa: E402, F401 - two are for tests that ask for them here
 
 
 @pytest.fixture(scope="session", params=EACH_SHAPE)

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import preprocess_data
+from commands import ROOT
 from fuzz_bytes import DATA, HOSTILE_JSON, Breaker, break_bytes, break_json, break_length
 from fuzz_guards import Child
-from helpers import ROOT, digests, write_documents
+from helpers import digests, write_documents
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.training import tokens

@@ -8,11 +8,12 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from helpers import ROOT, environment, python_path
+from commands import ROOT, environment, python_path
 
 
 @dataclass
@@ -51,7 +52,7 @@ def worker(te: bool) -> TextIO:
     Whoever needs it first starts it, and it ends with the last of them. With `te` it has imported the stand-in for
     TransformerEngine, too.
     """
-    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")
+    session = os.environ.setdefault("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")  # and processes that this one starts
     address = f"\0stock loop {session} {te}"  # no file, but a name that the system forgets with the socket
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as door:
         door.bind(address)
@@ -86,3 +87,19 @@ class StockLoop:
         answers = [line.readline().split() for _ in cases]
         assert all(answers), "the process that runs the cases has ended; what it said stands above"
         return {name: Run(int(status), (self.folder / f"{name}.log").read_text()) for name, status in answers}
+
+
+def stands_in_for_python(folder: Path) -> Path:
+    """Return what scripts may be given as Python: it lets the process above run pretrain_gpt.py."""
+    script = folder / "python"
+    loop = f'*/pretrain_gpt.py) shift; exec {sys.executable} {__file__} "$@";;'
+    script.write_text(f'#!/bin/sh\ncase "$1" in {loop} esac\nexec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as here:
+        done = StockLoop(Path(here)).run_all([{"name": "run", "words": sys.argv[1:], "ranks": 1}])["run"]
+    sys.stdout.write(done.log)
+    sys.exit(done.code)

@@ -57,7 +57,11 @@ class Case:
         for rank in range(ranks):
             child = os.fork()
             if child == 0:
-                world |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "MASTER_PORT": os.read(port, PORT).decode()}
+                world |= {
+                    "RANK": f"{rank}",
+                    "LOCAL_RANK": f"{rank}",
+                    "MASTER_PORT": os.read(port, PORT).decode().strip(),
+                }
                 if gpu:
                     gpu_stand_in.install()
                 be_rank(self.log, program, words, world)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from helpers import ROOT, environment
+from commands import ROOT, environment
 
 from megatron.pruning.cli.flags import megatron_flags
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
-from helpers import ROOT, convert, hf_loss, make_llama, write_documents
+from commands import ROOT
+from helpers import convert, hf_loss, make_llama, write_documents
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout

@@ -26,8 +26,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import CONVERT, PRUNE, environment, run, torchrun
 from fuzz_guards import time_limit
-from helpers import CONVERT, PRUNE, convert, digests, environment, make_llama, run, torchrun
+from helpers import convert, digests, make_llama
 
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.storage import output

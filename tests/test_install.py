@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, python_path
+from commands import ROOT, python_path
 
 pytestmark = pytest.mark.slow
 

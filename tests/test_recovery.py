@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, check_model, convert, hf_loss, make_llama, prune, write_repeated
+from commands import ROOT, check_model
+from helpers import convert, hf_loss, make_llama, prune, write_repeated
 from stock_loop import StockLoop
 
 from megatron.pruning.model.layout import Layout

@@ -11,7 +11,8 @@ from typing import Any
 
 import convert as converter
 import pytest
-from helpers import CONVERT, PRUNE, convert, digests, make_llama, prune, rewritten, run, tensors
+from commands import CONVERT, PRUNE, run
+from helpers import convert, digests, make_llama, prune, rewritten, tensors
 
 import prune_llama
 from megatron.pruning.cli.flags import hyphenated, megatron_flags

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import PRUNE, make_llama, plan_of, prune, run, write_documents
+from commands import PRUNE, run
+from helpers import make_llama, plan_of, prune, write_documents
+from stock_loop import stands_in_for_python
 
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
@@ -105,7 +107,7 @@ def test_candidates_are_trained_and_ranked(tmp_path: Path) -> None:
     command += f"--train-data-path {tmp_path / 'data'} --valid-data-path {tmp_path / 'data'} --seq-length 32 "
     command += "--tokenizer-type NullTokenizer --tokenizer-model none --vocab-size 128 --micro-batch-size 2 "
     command += "--global-batch-size 2 --eval-iters 2 --lr-warmup-iters 2"
-    done = run(sys.executable, PRUNE, *command.split())
+    done = run(sys.executable, PRUNE, *command.split(), PYTHON=stands_in_for_python(tmp_path))
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     ranking = json.loads((tmp_path / "out.candidates/losses.json").read_text())
     best = min(ranking, key=lambda entry: entry["loss"])

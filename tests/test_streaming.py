@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CONVERT, assert_same_tensors, convert, digests, make_llama, rank_file, run, tensors
+from commands import CONVERT, run
+from helpers import assert_same_tensors, convert, digests, make_llama, rank_file, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, load_whole
+from commands import ROOT
+from helpers import load_whole
 from stock_loop import Run, StockLoop, environment
 
 from megatron.pruning.training import cpu_device

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, check_model, convert, load_whole, make_llama, rank_file, rewritten, run, set_config
+from commands import ROOT, check_model, run
+from helpers import convert, load_whole, make_llama, rank_file, rewritten, set_config
 from safetensors.torch import load_file, save_file
 from stock_loop import StockLoop
 
