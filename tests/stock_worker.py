@@ -128,7 +128,7 @@ def serve(door: socket.socket) -> None:
     clients, waiting, running = {door.accept()[0]: b""}, list[tuple[socket.socket, dict[str, Any]]](), {}
     while clients or running:
         # Ranks end without a word, and are looked for; with none of them there is nothing to do but to listen.
-        for ready in select.select([door, *clients], [], [], 0.005 if running else None)[0]:
+        for ready in select.select([door, *clients], [], [], 0.005 if running or waiting else None)[0]:
             if ready is door:
                 clients[door.accept()[0]] = b""
             elif said := ready.recv(1 << 16):

@@ -119,12 +119,23 @@ def test_pickles_that_the_stock_loader_would_run_are_refused(
 
 @pytest.mark.slow
 def test_the_training_refuses_them_before_the_stock_loader_reads(gqa: Path, tmp_path: Path) -> None:
-    load = convert(gqa, tmp_path / "load", format="torch_dist")
-    evil_metadata(Call(os.system, f"touch {tmp_path}/ran"))(load / "release")
-    words = f"{(load / ARGS_FILE).read_text()} --load load --finetune --mock-data --tokenizer-type NullTokenizer "
+    load = convert(gqa, tmp_path / "evil", format="torch_dist")
+    changes: dict[str, tuple[Callable[[Path], Any], str]] = {
+        "evil": (evil_metadata(Call(os.system, f"touch {tmp_path}/ran")), "holds more than data"),
+        "cut": (lambda at: (at / "metadata.json").write_text('{"sharded'), "/metadata.json: it is not JSON"),
+        "none": (lambda at: (at / "metadata.json").unlink(), "none/release/metadata.json: No such file"),
+        "number": (lambda at: (at / "metadata.json").write_text('{"sharded_backend": 1}'), "sharded_backend is 1, of"),
+    }
+    words = f"{(load / ARGS_FILE).read_text()} --finetune --mock-data --tokenizer-type NullTokenizer "
     words += "--seq-length 16 --micro-batch-size 1 --train-iters 1 --lr 1e-3 --lr-warmup-iters 0 --eval-iters 0"
-    done = StockLoop(tmp_path).run("evil", words)
-    assert done.code == 1 and "holds more than data" in done.error
+    for name in changes:
+        if name != "evil":
+            shutil.copytree(load, tmp_path / name)
+    for name, (change, _) in changes.items():
+        change(tmp_path / name / "release")
+    cases = [{"name": f"{name}-run", "words": f"--load {name} {words}".split(), "ranks": 1} for name in changes]
+    for name, done in StockLoop(tmp_path).run_all(cases).items():
+        assert done.code == 1 and re.search(changes[name.removesuffix("-run")][1], done.error), done.log[-2000:]
     assert not (tmp_path / "ran").exists()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.training import get_args
@@ -35,10 +36,11 @@ from megatron.pruning.formats.megatron import (
     rank_directory,
     tracked_iteration,
 )
+from megatron.pruning.formats.megatron_dist import COMMON
 from megatron.pruning.model.checkpoint import PLAN_FILE, carried_files_of, require_inside
 from megatron.pruning.storage.dcp_file import METADATA, Chunk, Entry, read_metadata
 from megatron.pruning.storage.harmless import require_harmless
-from megatron.pruning.storage.small_files import read_small, replace_durably
+from megatron.pruning.storage.small_files import parse_json, read_small, replace_durably
 
 MOST_CELLS = 1 << 24  # of the grid on which the chunks of a weight are looked at: a layer has one or a few a rank
 
@@ -98,6 +100,8 @@ def require_files(args: argparse.Namespace, source: Path) -> None:
     if not files:
         if not is_dist(args, source):
             raise ValueError(f"{folder} holds no checkpoint: neither {RANK_DIRECTORIES}/{RANK_FILE} nor {METADATA}")
+        if (folder / COMMON).exists() or (folder / CONFIG_FNAME).exists():  # torch_dcp and fsdp_dtensor have neither
+            _require_backend(folder / CONFIG_FNAME)
         return
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     ranks = [rank_directory(t, p, pp) for t in range(tp) for p in range(pp)]
@@ -107,6 +111,14 @@ def require_files(args: argparse.Namespace, source: Path) -> None:
             f"{folder} holds {a_few(found)} and this run, tensor size {tp} and pipeline size {pp}, "
             f"reads {a_few(ranks)}: reshard it with scripts/transfer.sh"
         )
+
+
+def _require_backend(file: Path) -> None:
+    """Check the file by which dist_checkpointing finds its reader; of one that is broken it says no name."""
+    said = parse_json(read_small(file), str(file))
+    backend, version = said.get("sharded_backend"), said.get("sharded_backend_version", 1)
+    if not isinstance(backend, str) or type(version) is not int:
+        raise ValueError(f"{file} is damaged: sharded_backend is {backend!r}, of version {version!r}"[:300])
 
 
 def iteration_of(args: argparse.Namespace, source: Path) -> Path:
