@@ -64,14 +64,14 @@ TRAINING = (
 
 @dataclass(frozen=True)
 class Case:
-    """What the stock loop writes, and the layouts for which its pruned model is written in each format."""
+    """What the stock loop writes, and the format and layout in which its pruned model is written."""
 
     kind: str
     precision: str
     format: str
     layout: tuple[int, int]
-    torch: tuple[int, int]
-    torch_dist: tuple[int, int]
+    pruned_format: str
+    pruned_layout: tuple[int, int]
     flags: str = ""
     prune_flags: str = ""
 
@@ -83,17 +83,16 @@ class Case:
 
 TE_NAMES = "--transformer-impl transformer_engine"
 CASES = [
-    Case("mha", "fp32", "torch", (1, 1), torch=(2, 2), torch_dist=(1, 1)),
-    Case("gqa", "fp32", "torch", (2, 1), torch=(2, 1), torch_dist=(4, 1), prune_flags=TE_NAMES),
-    Case("tied", "bf16", "torch", (4, 1), torch=(1, 1), torch_dist=(2, 1)),
-    Case("tied", "fp32", "torch", (2, 2), torch=(4, 1), torch_dist=(2, 2)),
-    Case("gqa", "bf16", "torch_dist", (1, 1), torch=(4, 1), torch_dist=(2, 1)),
-    Case("mha", "fp32", "torch_dist", (4, 1), torch=(2, 1), torch_dist=(2, 2)),
-    Case("gqa", "fp32", "torch_dist", (2, 2), torch=(1, 1), torch_dist=(4, 1)),
-    Case("groups", "fp32", "torch_dist", (2, 1), torch=(2, 1), torch_dist=(2, 1), flags="--sequence-parallel"),
+    Case("mha", "fp32", "torch", (1, 1), "torch", (2, 2)),
+    Case("gqa", "fp32", "torch", (2, 1), "torch", (2, 1), prune_flags=TE_NAMES),
+    Case("tied", "bf16", "torch", (4, 1), "torch_dist", (2, 1)),
+    Case("tied", "fp32", "torch", (2, 2), "torch", (4, 1)),
+    Case("gqa", "bf16", "torch_dist", (1, 1), "torch", (4, 1)),
+    Case("mha", "fp32", "torch_dist", (4, 1), "torch_dist", (2, 2)),
+    Case("gqa", "fp32", "torch_dist", (2, 2), "torch", (1, 1)),
+    Case("groups", "fp32", "torch_dist", (2, 1), "torch_dist", (2, 1), flags="--sequence-parallel"),
 ]
 BF16_CASES = [case for case in CASES if case.precision == "bf16"]
-FORMATS = ("torch", "torch_dist")
 
 
 def split(layout: tuple[int, int]) -> str:
@@ -154,22 +153,21 @@ def in_fp32(stock: StockLoop, trained: dict[str, Result]) -> dict[str, Run]:
 
 
 @pytest.fixture(scope="module")
-def pruned(stock: StockLoop, trained: dict[str, Result]) -> dict[tuple[str, str, str], Result]:
-    """Return the pruned checkpoints by case and format, and the runs that began from them by their precision."""
+def pruned(stock: StockLoop, trained: dict[str, Result]) -> dict[tuple[str, str], Result]:
+    """Return the pruned checkpoints by case, and the runs that began from them by their precision."""
     assert not [name for name, result in trained.items() if result.run.code], "not every case has what is pruned"
     paths, words = {}, {}
     for case in CASES:
-        for format in FORMATS:
-            name, layout = f"{case.name}-to-{format}", getattr(case, format)
-            flags = f"{KINDS[case.kind][1]} --drop-layers 0,2 --format {format} {split(layout)}"
-            flags += f" --make-vocab-size-divisible-by {DIVISOR}"
-            prune(trained[case.name].path, stock.folder / name, *flags.split(), *case.prune_flags.split())
-            model = (stock.folder / name / "megatron_args.txt").read_text()
-            for precision in {"fp32", case.precision}:
-                computing = "--bf16" if precision == "bf16" else ""
-                run = f"{name}-in-{precision}"
-                paths[case.name, format, precision] = stock.folder / name
-                words[run] = (f"{model} {computing} {case.flags} --pretrained-checkpoint {name}", layout)
+        name = f"{case.name}-pruned"
+        flags = f"{KINDS[case.kind][1]} --drop-layers 0,2 --format {case.pruned_format} {split(case.pruned_layout)}"
+        flags += f" --make-vocab-size-divisible-by {DIVISOR}"
+        prune(trained[case.name].path, stock.folder / name, *flags.split(), *case.prune_flags.split())
+        model = (stock.folder / name / "megatron_args.txt").read_text()
+        for precision in {"fp32", case.precision}:
+            computing = "--bf16" if precision == "bf16" else ""
+            paths[case.name, precision] = stock.folder / name
+            run = f"{model} {computing} {case.flags} --pretrained-checkpoint {name}"
+            words[f"{name}-in-{precision}"] = (run, case.pruned_layout)
     runs = run_all(stock, words)
     return {key: Result(path, runs[f"{path.name}-in-{key[-1]}"]) for key, path in paths.items()}
 
@@ -215,12 +213,11 @@ def test_export_of_a_bf16_stock_checkpoint_has_the_loss_that_the_stock_model_has
     assert in_fp32[case.name].ok().losses[1] == pytest.approx(loss, abs=EXACT)
 
 
-@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_pruned_stock_checkpoint_is_the_chosen_part_of_its_weights_bitwise(
-    case: Case, format: str, trained: dict[str, Result], pruned: dict[tuple[str, str, str], Result]
+    case: Case, trained: dict[str, Result], pruned: dict[tuple[str, str], Result]
 ) -> None:
-    path = pruned[case.name, format, "fp32"].path
+    path = pruned[case.name, "fp32"].path
     config = open_checkpoint(path).config
     plan, parent = plan_of(path), tensors(exported(trained[case.name].path, STEPS))
     wanted, found = sliced(parent, plan, config.head_dim), tensors(exported(path))
@@ -232,27 +229,23 @@ def test_pruned_stock_checkpoint_is_the_chosen_part_of_its_weights_bitwise(
     assert plan.layers.tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_pruned_stock_checkpoint_trains_on_from_the_loss_of_its_export(
-    case: Case, format: str, pruned: dict[tuple[str, str, str], Result]
+    case: Case, pruned: dict[tuple[str, str], Result]
 ) -> None:
-    result = pruned[case.name, format, "fp32"]
+    result = pruned[case.name, "fp32"]
     checkpoint, losses = open_checkpoint(result.path), result.run.ok().losses
-    assert (checkpoint.format, checkpoint.dtype) == (format, case.precision)
-    assert (checkpoint.transformer_impl != "local") == (format == "torch" and case.prune_flags == TE_NAMES)
+    assert (checkpoint.format, checkpoint.dtype) == (case.pruned_format, case.precision)
+    assert (checkpoint.transformer_impl != "local") == (case.prune_flags == TE_NAMES)
     # The loader of pretrain_gpt.py ends the run on a name or a shape that does not fit.
     assert f"successfully loaded checkpoint from {result.path.name} " in result.run.log
     assert losses[1] == pytest.approx(exported_loss(result.path), abs=EXACT)
     assert losses[3] < losses[1] - 0.1
 
 
-@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
-def test_pruned_bf16_stock_checkpoint_trains_on_in_bf16(
-    case: Case, format: str, pruned: dict[tuple[str, str, str], Result]
-) -> None:
-    result = pruned[case.name, format, "bf16"]
+def test_pruned_bf16_stock_checkpoint_trains_on_in_bf16(case: Case, pruned: dict[tuple[str, str], Result]) -> None:
+    result = pruned[case.name, "bf16"]
     losses = result.run.ok().losses
     assert losses[1] == pytest.approx(exported_loss(result.path), abs=ROUNDED)
     assert losses[3] < losses[1] - 0.1
