@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
     from megatron.pruning.training.hf_model import build
 
     device = device_named(args.device)
-    dtype = args.dtype or ("fp32" if device == "cpu" else "bf16")
+    dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     checkpoints = [open_checkpoint(path) for path in args.load]
     data = None
     if args.data:

@@ -53,8 +53,8 @@ def task_scores(
 
     tokenizer = tokenizer_of(checkpoint)
     manager = TaskManager(include_path=folder)
-    if any(not manager.match_tasks([name]) for name in tasks):
-        raise ValueError(f"--tasks {','.join(tasks)}: lm-evaluation-harness has no such task, nor has --task-folder")
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        raise ValueError(f"--tasks {','.join(unknown)}: lm-evaluation-harness has no such task, nor has --task-folder")
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     found = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
     return {
