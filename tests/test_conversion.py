@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import show_checkpoint
 import torch
-import torch.distributed.checkpoint as dcp
 from helpers import (
     EACH_SHAPE,
     SHAPES,
@@ -22,7 +21,6 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 from stock_loop import StockLoop
-from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig
 
 from megatron.pruning.formats import open_checkpoint
@@ -44,6 +42,7 @@ def bf16(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_llama(tmp_path_factory.mktemp("bf16") / "hf", request.param, dtype=torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor,pipeline", LAYOUTS)
 def test_there_and_back_is_the_identity(bf16: Path, tmp_path: Path, tensor: int, pipeline: int) -> None:
     megatron = convert(bf16, tmp_path / "megatron", tensor=tensor, pipeline=pipeline)
@@ -76,8 +75,10 @@ def test_digest_is_of_the_model_not_of_its_format(
 
 
 def test_torch_dist_is_what_torch_itself_reads(gqa: Path, tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
     dist = convert(gqa, tmp_path / "dist", format="torch_dist")
-    entries = FileSystemReader(dist / "release").read_metadata().state_dict_metadata
+    entries = dcp.FileSystemReader(dist / "release").read_metadata().state_dict_metadata
     found = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in entries.items() if hasattr(v, "size")}
     dcp.load(found, checkpoint_id=dist / "release", no_dist=True)
     wanted = tensors(gqa)

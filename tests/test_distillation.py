@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.training.distillation import VocabParallelKL
 
 pytestmark = pytest.mark.slow
 
@@ -312,6 +311,8 @@ def test_mistakes_are_refused_in_one_sentence(loop: StockLoop) -> None:
 
 def test_fp16_keeps_small_differences_until_the_loss_is_scaled() -> None:
     """They are below its smallest number; the gradient is that of the same logits in fp32."""
+    from megatron.pruning.training.distillation import VocabParallelKL
+
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     draw = torch.Generator().manual_seed(0)
     teacher = torch.randn(4, 2, 5000, generator=draw).half()

@@ -1,4 +1,7 @@
-"""What the project changes in Megatron and torch: it holds where it is applied, and what was there comes back."""
+"""What the project changes in Megatron and torch: it holds where it is applied, and what was there comes back.
+
+Megatron is imported by the tests that need it: its import takes seconds, in every process that collects this file.
+"""
 
 import contextlib
 import importlib.metadata
@@ -9,11 +12,13 @@ import pytest
 import torch
 
 from megatron.pruning.training import cpu_device
-from megatron.pruning.training.megatron_patches import Patch, applied, while_training
 from megatron.pruning.training.quiet import quiet_imports
 
 
+@pytest.mark.slow
 def test_patches_hold_only_where_they_are_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.pruning.training.megatron_patches import applied, while_training
+
     monkeypatch.setattr(cpu_device, "is_installed", lambda: True)
     config = SimpleNamespace(deallocate_pipeline_outputs=True)
     flags = {"async_save": False, "swiglu": True, "ffn_hidden_size": 25, "tensor_model_parallel_size": 1}
@@ -45,7 +50,10 @@ def test_a_megatron_that_is_too_old_is_refused_in_a_sentence(
         pass
 
 
+@pytest.mark.slow
 def test_a_patch_of_one_object_gives_back_what_it_inherits() -> None:
+    from megatron.pruning.training.megatron_patches import Patch, applied
+
     model = torch.nn.Linear(2, 2)
     with applied([Patch(model, "extra_repr", len, "why")]):
         assert model.extra_repr is len

@@ -80,6 +80,7 @@ def test_a_process_that_falls_silent_ends_the_others(start: Callable[..., Meetin
     both[1].end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings,complaint",
     [

@@ -377,6 +377,7 @@ def without(call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*patches[call])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", sorted(direct_write.UNSUPPORTED), ids=lambda number: errno.errorcode[number])
 @pytest.mark.parametrize("call", OPTIONAL)
 def test_a_file_system_without_an_optional_call_will_do(

@@ -40,6 +40,7 @@ def launch(folder: Path, load: Path) -> tuple[list[str], list[str]]:
     return check_model(folder, LOAD_PATH=load, DATA_PATH="text", TOKENIZER_MODEL="none", SAVE_PATH=folder / "save")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lines",
     [
