@@ -1,6 +1,7 @@
 """Reconstruction: exact where a smaller model can be the parent, never worse than the cut, the same everywhere."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.axes import PER_LAYER
 from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.reconstructed import REPORT_FILE, Report
+from megatron.pruning.storage.output import hold_directory
 from megatron.pruning.training.calibration import calibration
 from megatron.pruning.training.least_squares import LeastSquares, Moments
 
@@ -377,19 +379,23 @@ def test_mistakes_are_said_before_any_work(
 
 
 @pytest.mark.slow
-def test_a_directory_of_the_users_own_is_not_taken_for_what_is_unfinished(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("others", ["thesis.txt was made by no reconstruction", "another reconstruction is at work in"])
+def test_what_is_unfinished_shares_its_directory_with_nobody(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: str
 ) -> None:
     monkeypatch.setattr("megatron.pruning.training.cpu_device.install", lambda: False)  # this process keeps its device
-    own = tmp_path / ".out.reconstruction" / "thesis.txt"
-    own.parent.mkdir()
-    own.write_text("mine")
-    flags = (
-        f"--reconstruct --hidden-size-remain 24 --format hf --data-path {runs / 'text'} --sequence-length 16".split()
-    )
-    with pytest.raises(ValueError, match=r"thesis\.txt was made by no reconstruction"):
-        prune(runs / "gqa-parent", tmp_path / "out", *flags)
-    assert own.read_text() == "mine"
+    folder = tmp_path / ".out.reconstruction"
+    folder.mkdir()
+    (folder / ("thesis.txt" if "thesis" in others else "states")).write_text("mine")
+    lock = hold_directory(folder)
+    if "thesis" in others:
+        os.close(lock)
+    flags = f"--hidden-size-remain 24 --format hf --data-path {runs / 'text'} --sequence-length 16".split()
+    with pytest.raises(ValueError, match=others):
+        prune(runs / "gqa-parent", tmp_path / "out", "--reconstruct", *flags)
+    assert [path.read_text() for path in folder.iterdir()] == ["mine"]
+    if "another" in others:
+        os.close(lock)
 
 
 @pytest.mark.parametrize("flag", ["--sequences 7", "--ridge 0.1", "--rotate-hidden", "--untie", "--sequence-length 9"])

@@ -201,7 +201,7 @@ def test_of_two_runs_without_locks_both_end_well_or_with_a_sentence(
     gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool
 ) -> None:
     """Locks of one node bind no other: the second run begins and ends while the first is about to put its own there."""
-    monkeypatch.setattr(output, "_hold", lambda directory, **_: os.open(directory, os.O_RDONLY))
+    monkeypatch.setattr(output, "hold_directory", lambda directory, **_: os.open(directory, os.O_RDONLY))
     if not supported:
         monkeypatch.setattr(output, "_renameat2", lambda *_: False)
     sync = output._sync_directories
@@ -223,7 +223,8 @@ def test_what_another_run_puts_there_during_the_exchange_stays(
     gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool
 ) -> None:
     target = convert(gqa, tmp_path / "out", tensor=2)
-    monkeypatch.setattr(output, "_hold", lambda directory, **_: os.open(directory, os.O_RDONLY))  # a lock of one node
+    # A lock of one node binds no other.
+    monkeypatch.setattr(output, "hold_directory", lambda directory, **_: os.open(directory, os.O_RDONLY))
     replace = output._replace
 
     def late(partial: Path, path: Path, seen: tuple[int, int]) -> Path:

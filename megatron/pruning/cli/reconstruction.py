@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from megatron.pruning.plan.figure import report_figure
 from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.reconstructed import REPORT_FILE, Report
 from megatron.pruning.plan.scores import Scores, read
+from megatron.pruning.storage.output import hold_directory
 from megatron.pruning.storage.processes import World
 from megatron.pruning.storage.small_files import replace_durably
 
@@ -111,10 +113,9 @@ class Reconstructor:
         self.calibration = calibration(text, length, args.sequences, parent, flag)
         self.work: Path = args.save.with_name(f".{args.save.name}.reconstruction")
         if world.rank == 0:
-            check_ours(self.work)
+            self.hold = claim(self.work)
         self._join()
         if world.rank == 0:
-            self.work.mkdir(exist_ok=True)
             print(f"text: {self._said_of_text()}; what is unfinished lies in {self.work}", flush=True)
 
     def scores(self) -> Scores:
@@ -161,6 +162,7 @@ class Reconstructor:
         torch.distributed.destroy_process_group()
         if self.world.rank == 0:
             shutil.rmtree(self.work)
+            os.close(self.hold)
 
     def _join(self) -> None:
         from megatron.pruning.training.quiet import quiet_imports
@@ -183,8 +185,21 @@ _OURS = re.compile(
 )
 
 
+def claim(work: Path) -> int:
+    """Make the directory of what is unfinished, unless it is there, and lock it; return the lock.
+
+    Raises ValueError where it is somebody's own, for it is removed at the end, or another run is at work in it.
+    """
+    check_ours(work)
+    work.mkdir(exist_ok=True)
+    try:
+        return hold_directory(work, tell=True)
+    except BlockingIOError:
+        raise ValueError(f"another reconstruction is at work in {work}: wait for it, or name another --save") from None
+
+
 def check_ours(work: Path) -> None:
-    """Raise ValueError where the directory of what is unfinished, which is removed at the end, is somebody's own."""
+    """Raise ValueError where the directory of what is unfinished holds something that no reconstruction made."""
     if work.is_symlink() or (work.exists() and not work.is_dir()):
         raise ValueError(f"{work} is no directory that a reconstruction made: move it away, or name another --save")
     for path in work.iterdir() if work.exists() else ():

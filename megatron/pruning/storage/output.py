@@ -144,7 +144,7 @@ def _building(path: Path, need: int, check: Callable[[], None], world: World) ->
                     f"--save {path} needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
                 )
             made = new_beside(path, "partial", Path.mkdir)
-            hold = _hold(made, tell=True)
+            hold = hold_directory(made, tell=True)
         partial = path.with_name(world.share(made.name if made else ""))
         yield partial
         if made is not None:
@@ -171,10 +171,11 @@ def _make_parents(path: Path) -> list[Path]:
     return missing
 
 
-def _hold(directory: Path, tell: bool = False) -> int:
-    """Lock a directory for as long as this process lives: a sign that it is in use.
+def hold_directory(directory: Path, tell: bool = False) -> int:
+    """Lock a directory until the descriptor that is returned is closed: a sign that it is in use.
 
-    Where the file system cannot, nothing is locked, and that is told if it is asked for.
+    Where the file system cannot, nothing is locked, and that is told if it is asked for. Raises BlockingIOError where
+    another process has it.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -196,7 +197,7 @@ def _tell_of_others(path: Path) -> None:
     """
     for other in sorted(path.parent.glob(f".{glob.escape(path.name)}.*-????????")):
         try:
-            os.close(_hold(other))
+            os.close(hold_directory(other))
         except BlockingIOError:
             raise ValueError(f"--save {path}: another run is writing it ({other.name})") from None
         except OSError:
@@ -211,7 +212,7 @@ def _put_in_place(partial: Path, path: Path, check: Callable[[], None]) -> None:
         if not _rename_to_new(partial, path):
             seen = path.lstat()
             check()  # again: it may have turned up since the run began
-            hold = _hold(path)
+            hold = hold_directory(path)
             old = _replace(partial, path, seen)
         _sync_directory(path.parent)
         if not (path / MANIFEST).is_file() or (path / MANIFEST).read_bytes() != mine:
