@@ -8,8 +8,7 @@
     python prune_llama.py --load HF_DIR --save DIR --ffn_hidden_size_remain 8192 --tensor-model-parallel-size 4
 
     # choose by evidence: what tools/score_importance.py saw when the model read text
-    python prune_llama.py --load DIR --save DIR --ffn_hidden_size_remain 8192 --num_layers_remain 28 \\
-        --criterion activation --layer_criterion block_influence --scores DIR.scores
+    python prune_llama.py --load DIR --save DIR --ffn_hidden_size_remain 8192 --num_layers_remain 28 --scores DIR.scores
 
     # with a text: score, choose, cut, and refit what remains so that it computes what the parent computed
     python prune_llama.py --load DIR --save DIR --ffn_hidden_size_remain 8192 --reconstruct --data-path PREFIX
@@ -42,24 +41,32 @@ from megatron.pruning.cli.flags import (
     layout_from_flags,
     natural,
     new_parser,
+    open_source,
     options_from_flags,
     save_as_asked,
     say_source,
-    set_vocabulary,
 )
 from megatron.pruning.cli.pruning_flags import plan_from_flags, shapes_from_flags
 from megatron.pruning.cli.reconstruction import Reconstructor, add_reconstruction_flags, check_reconstruction_flags
-from megatron.pruning.formats import FORMATS, check_save, check_target, open_checkpoint, save_checkpoint
+from megatron.pruning.formats import FORMATS, check_save, check_target, save_checkpoint
 from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.model.hf_config import hf_export_problem
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.plan.choose import CRITERIA, CRITERION, LAYER_CRITERIA, LAYER_CRITERION, SEED
+from megatron.pruning.plan.choose import (
+    CRITERIA,
+    CRITERION,
+    CRITERION_BY_SCORES,
+    LAYER_CRITERIA,
+    LAYER_CRITERION,
+    LAYER_CRITERION_BY_SCORES,
+    SEED,
+)
 from megatron.pruning.plan.decide import DROP_LAYERS
 from megatron.pruning.plan.figure import plan_figure
 from megatron.pruning.plan.plan import PRUNE_TYPES, UNBALANCE, Plan
 from megatron.pruning.plan.pruned import Pruned
-from megatron.pruning.plan.report import describe
+from megatron.pruning.plan.report import cost_of_choice, describe
 from megatron.pruning.plan.shapes import Shape, describe_shapes
 from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.processes import World, is_first
@@ -123,11 +130,16 @@ def add_choice_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say how it is decided what is kept."""
     kept = "; ".join(f"{name}: {criterion.summary}" for name, criterion in CRITERIA.items())
     dropped = "; ".join(f"{name}: {criterion.summary}" for name, criterion in LAYER_CRITERIA.items())
-    group.add_argument("--criterion", choices=tuple(CRITERIA), help=f"what is kept (default {CRITERION}). {kept}")
+    group.add_argument(
+        "--criterion",
+        choices=tuple(CRITERIA),
+        help=f"what is kept (default: {CRITERION}; with scores {CRITERION_BY_SCORES}). {kept}",
+    )
     group.add_argument(
         "--layer-criterion",
         choices=tuple(LAYER_CRITERIA),
-        help=f"which layers are dropped, with {AXIS['layers'].flag} (default {LAYER_CRITERION}). {dropped}",
+        help=f"which layers are dropped, with {AXIS['layers'].flag} (default: {LAYER_CRITERION}; with scores "
+        f"{LAYER_CRITERION_BY_SCORES}). {dropped}",
     )
     group.add_argument(
         "--scores", type=Path, metavar="FILE", help="what tools/score_importance.py wrote for this parent"
@@ -141,8 +153,9 @@ def add_choice_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--correct-norms",
-        action="store_true",
-        help="scale the norms' gains for the mean square that the dropped hidden channels took away, by --scores",
+        action=argparse.BooleanOptionalAction,
+        help="scale the norms' gains for the mean square that the dropped hidden channels took away, by scores "
+        "(default: where there are scores)",
     )
     group.add_argument(
         "--prune-type",
@@ -174,8 +187,7 @@ def main(argv: Sequence[str]) -> None:
         absolute(args.save)
     else:
         check_target(args.save, args.overwrite)
-    parent = open_checkpoint(args.load, args.iteration)
-    set_vocabulary(parent, args)
+    parent = open_source(args)
     layout = layout_from_flags(args, parent.layout)
     check_model_flags(args, parent.config, layout, args.load)
 
@@ -255,7 +267,14 @@ def show(args: argparse.Namespace, plan: Plan, parent: Checkpoint, pruned: Check
     say_source(parent)
     size = pruned.config.parameters * BYTES[args.dtype] if args.dtype else pruned.nbytes
     print(describe(plan, parent.config, pruned.config, parent.nbytes, size), flush=True)
-    if problem := hf_export_problem(pruned.config):
+    if args.plan is None and (cost := cost_of_choice(plan)):
+        print(
+            f"{cost}; to choose by what it does on text, and refit what remains, add --reconstruct --data-path PREFIX, "
+            f"or give scripts/prune_llama.sh a DATA_PATH; only to choose: python tools/score_importance.py --load "
+            f"{args.load} --data PREFIX --save {args.load}.scores, then add --scores {args.load}.scores",
+            file=sys.stderr,
+        )
+    if args.format != "hf" and (problem := hf_export_problem(pruned.config)):  # as hf it will be refused
         print(f"warning: {problem}", file=sys.stderr)
 
 

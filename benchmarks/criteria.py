@@ -36,10 +36,8 @@ DEPTH = ("--num-layers-remain", 6)
 ARMS = {
     "width, random": (*WIDTH, "--criterion", "random"),
     "width, magnitude": (*WIDTH, "--criterion", "magnitude"),
-    "width, activation": (*WIDTH, "--criterion", "activation", "--scores", "SCORES"),
-    "width, activation, norms corrected": (
-        *WIDTH, "--criterion", "activation", "--scores", "SCORES", "--correct-norms",
-    ),
+    "width, activation": (*WIDTH, "--criterion", "activation", "--scores", "SCORES", "--no-correct-norms"),
+    "width, activation, norms corrected": (*WIDTH, "--criterion", "activation", "--scores", "SCORES"),
     "depth, spaced": (*DEPTH, "--layer-criterion", "spaced"),
     "depth, block influence": (*DEPTH, "--layer-criterion", "block_influence", "--scores", "SCORES"),
     "depth, contiguous": (*DEPTH, "--layer-criterion", "contiguous", "--scores", "SCORES"),

@@ -109,14 +109,14 @@ class Experiment:
         """Return the parent pruned by these flags of prune_llama.py, as Megatron tp1."""
         path = self.work / "start" / name
         if not path.exists():
-            command("prune_llama.py", "--load", self.parent, "--save", path, *flags)
+            command("prune_llama.py", "--load", self.parent, "--save", path, "--format", "torch", *flags)
         return path
 
     def convert(self, name: str, source: Path) -> Path:
         """Return a checkpoint as Megatron tp1."""
         path = self.work / "start" / name
         if not path.exists():
-            command("tools/checkpoint_conversion/convert.py", "--load", source, "--save", path)
+            command("tools/checkpoint_conversion/convert.py", "--load", source, "--save", path, "--format", "torch")
         return path
 
     def random_start(self, name: str, changes: Mapping[str, int], seed: int) -> Path:

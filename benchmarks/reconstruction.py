@@ -51,9 +51,9 @@ def replaced(flags: tuple[object, ...], **values: object) -> tuple[object, ...]:
 ARMS: dict[str, tuple[object, ...]] = {
     "random": (*WIDTH, "--criterion", "random"),
     "magnitude": (*WIDTH, "--criterion", "magnitude"),
-    "activation": (*WIDTH, "--criterion", "activation", "--scores", "SCORES"),
-    "activation, norms corrected": (*WIDTH, "--criterion", "activation", "--scores", "SCORES", "--correct-norms"),
-    "contribution, norms corrected": (*WIDTH, *CONTRIBUTION, "--scores", "SCORES", "--correct-norms"),
+    "activation": (*WIDTH, "--criterion", "activation", "--scores", "SCORES", "--no-correct-norms"),
+    "activation, norms corrected": (*WIDTH, "--criterion", "activation", "--scores", "SCORES"),
+    "contribution, norms corrected": (*WIDTH, *CONTRIBUTION, "--scores", "SCORES"),
     "reconstructed": (*WIDTH, *REBUILT),
     "rotated, reconstructed, untied": (*WIDTH, *REBUILT, *ROTATED),
     "rotated, untied": (*WIDTH, *REBUILT, *ROTATED, "--ridge", "inf"),

@@ -157,7 +157,7 @@ class Plan:
             return experiment.convert("parent", experiment.parent)
         shape = [word for name, size in family.pruned.items() for word in (PRUNE_FLAGS[name], size)]
         if arm.startswith("activation"):
-            scores = ("--criterion", "activation", "--scores", experiment.scores())
+            scores = ("--criterion", "activation", "--scores", experiment.scores(), "--no-correct-norms")
             return experiment.prune("activation", *shape, *scores)
         return experiment.prune(f"random-{seed}", *shape, "--seed", seed)
 

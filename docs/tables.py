@@ -150,7 +150,7 @@ def _name(action: argparse.Action) -> str:
 def _form(action: argparse.Action) -> str:
     """Return a flag with its values, as it is typed."""
     if action.nargs == 0:
-        return _name(action)
+        return "`, `".join(action.option_strings)
     if not action.option_strings:
         return str(action.metavar or action.dest)
     value = action.metavar or ("\\|".join(map(str, action.choices)) if action.choices else action.dest.upper())
@@ -189,11 +189,23 @@ def recovery() -> None:
     print()
 
 
-def reconstruction() -> None:
-    """Print the table of benchmarks/reconstruction.py."""
+# Arms of benchmarks/reconstruction.py that cut the same shape and differ in what is kept, and the one to compare with.
+CHOICES = (
+    "random",
+    "magnitude",
+    "activation",
+    "activation, norms corrected",
+    "contribution, norms corrected",
+    "reconstructed",
+)
+
+
+def reconstruction(names: Sequence[str] = ()) -> None:
+    """Print the table of benchmarks/reconstruction.py, of all arms or of those that are named."""
     found = _read(RESULTS / "reconstruction.json")
+    arms = {name: found["arms"][name] for name in names or found["arms"]}
     rows = [["", *(said(word) for word in ("parameters", "English text", "Python code"))]]
-    for name, arm in {"the parent": found["parent"], **found["arms"]}.items():
+    for name, arm in {"the parent": found["parent"], **arms}.items():
         perplexity = (f"{arm[text]:,.1f}" for text in ("english", "code"))
         rows.append([said(name), f"{arm['parameters'] / 1e6:.1f}M", *perplexity])
     show(rows)

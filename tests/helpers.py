@@ -166,8 +166,9 @@ def convert(
 
 
 def prune(source: Path, target: Path, *flags: str) -> Path:
-    """Prune a checkpoint by the flags of prune_llama.py, and return the target."""
-    prune_llama.main(["--load", str(source), "--save", str(target), *flags])
+    """Prune a checkpoint by the flags of prune_llama.py, to torch unless they name a format, and return the target."""
+    named = any(flag.startswith("--format") for flag in flags)
+    prune_llama.main(["--load", str(source), "--save", str(target), *flags, *([] if named else ["--format=torch"])])
     return target
 
 

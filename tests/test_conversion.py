@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import show_checkpoint
 import torch
+from convert import main as convert_main
 from helpers import (
     EACH_SHAPE,
     SHAPES,
@@ -267,3 +268,23 @@ def test_source_is_never_changed(gqa: Path, tmp_path: Path) -> None:
     convert(convert(gqa, tmp_path / "m", tensor=2), tmp_path / "hf", format="hf")
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in gqa.iterdir()}
     assert read_hf_config(tmp_path / "hf" / "config.json") == read_hf_config(gqa / "config.json")
+
+
+@pytest.mark.parametrize(
+    "source,flags,wanted",
+    [
+        ("hf", "", "hf"),
+        ("torch", "", "torch"),
+        ("torch_dist", "", "torch_dist"),
+        ("hf", "--tensor-model-parallel-size 2", "torch"),
+        ("hf", "--transformer-impl local", "torch"),
+        ("torch_dist", "--pipeline-model-parallel-size 2", "torch_dist"),
+        ("torch_dist", "--format hf", "hf"),
+    ],
+)
+def test_the_format_is_the_sources_unless_another_is_asked_for(
+    gqa: Path, tmp_path: Path, source: str, flags: str, wanted: str
+) -> None:
+    load = convert(gqa, tmp_path / "source", format=source)
+    convert_main(["--load", str(load), "--save", str(tmp_path / "out"), *flags.split()])
+    assert open_checkpoint(tmp_path / "out").format == wanted

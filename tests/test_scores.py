@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import fingerprint
+from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.scores import Facts, Scores, read, shapes, write
 from megatron.pruning.training import cpu_device, scoring
 from megatron.pruning.training.tokens import windows
@@ -244,8 +245,9 @@ def test_a_corrected_norm_gives_what_the_parents_norm_gave(gqa: Path, tmp_path: 
     write(tmp_path / "s", scores)
     flags = ["--hidden-size-remain=24", "--num-layers-remain=2", "--format=hf", "--min-scores-tokens=1", "--scores"]
     flags += [str(tmp_path / "s"), "--criterion=activation"]
-    plain = prune(gqa, tmp_path / "plain", *flags)
-    corrected = prune(gqa, tmp_path / "corrected", *flags, "--correct-norms")
+    plain = prune(gqa, tmp_path / "plain", *flags, "--no-correct-norms")
+    corrected = prune(gqa, tmp_path / "corrected", *flags)
+    assert not plan_of(plain).norm_gains
     plan, names = plan_of(corrected), ("input_layernorm", "post_attention_layernorm")
     before, after = (
         AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).state_dict() for p in (plain, corrected)
@@ -255,6 +257,26 @@ def test_a_corrected_norm_gives_what_the_parents_norm_gave(gqa: Path, tmp_path: 
     for key, value in before.items():
         gain = np.float32(plan.norm_gains[expected[key]]) if key in expected else np.float32(1)
         assert torch.equal(after[key], value * torch.tensor(gain)), key
+
+
+def test_where_there_are_scores_they_decide(gqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "s", synthetic(gqa))
+    scores = [f"--scores={tmp_path / 's'}", "--min-scores-tokens=1"]
+    sizes = ["--hidden-size-remain=24", "--ffn-hidden-size-remain=40", "--num-layers-remain=2", "--plan-only"]
+    found = []
+    for number, flags in enumerate(([], scores, [*scores, "--criterion=random", "--layer-criterion=spaced"])):
+        prune(gqa, tmp_path / f"p{number}", *sizes, *flags)
+        plan = Plan.from_json((tmp_path / f"p{number}.prune_plan.json").read_text(), "")
+        advised = "--scores" in capsys.readouterr().err
+        found.append((plan.evidence.criterion, plan.evidence.layer_criterion, bool(plan.norm_gains), advised))
+    assert found == [
+        ("random", "spaced", False, True),
+        ("contribution", "block_influence", True, False),
+        ("random", "spaced", True, True),
+    ]
+    prune(gqa, tmp_path / "applied", "--plan", str(tmp_path / "p0.prune_plan.json"), "--format=hf")
+    prune(gqa, tmp_path / "by-hand", "--drop-layers=1", "--format=hf")
+    assert not capsys.readouterr().err  # nothing was chosen here
 
 
 def test_scores_that_cannot_be_trusted_are_refused(gqa: Path, tmp_path: Path) -> None:
@@ -284,7 +306,7 @@ def test_scores_that_cannot_be_trusted_are_refused(gqa: Path, tmp_path: Path) ->
     assert "is not a file of scores: its arrays are" in refusal(synthetic(gqa, sums=short), use)
     assert "is not a file of scores" in refusal(b"\xff" * 100, use)
     assert "is not a file: tools/score_importance.py makes one" in refusal(None, use)
-    assert "would not be used" in refusal(good)
+    assert "would not be used" in refusal(good, "--criterion=random")
     assert "--criterion activation needs --scores" in refusal(None, use, named=False)
     assert "--correct-norms needs --scores" in refusal(None, "--correct-norms", named=False)
     counts = {"sequences": -1}, {"positions": 0}, {"loss_sequences": -3}, {"sequence_length": -10}

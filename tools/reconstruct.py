@@ -23,15 +23,15 @@ from megatron.pruning.cli.flags import (
     hyphenated,
     layout_from_flags,
     new_parser,
+    open_source,
     options_from_flags,
     refuse_idle_layout,
     save_as_asked,
     say_source,
-    set_vocabulary,
 )
 from megatron.pruning.cli.pruning_flags import read_plan
 from megatron.pruning.cli.reconstruction import Reconstructor, add_reconstruction_flags
-from megatron.pruning.formats import check_save, check_target, open_checkpoint
+from megatron.pruning.formats import check_save, check_target
 from megatron.pruning.model.checkpoint import PLAN_FILE
 from megatron.pruning.plan.pruned import Pruned
 from megatron.pruning.storage.processes import World
@@ -52,9 +52,8 @@ def main(argv: Sequence[str]) -> None:
     """Open, cut, reconstruct, save."""
     args = parser().parse_args(hyphenated(argv))
     check_target(args.save, args.overwrite)
+    parent = open_source(args)
     refuse_idle_layout(args)
-    parent = open_checkpoint(args.load, args.iteration)
-    set_vocabulary(parent, args)
     layout = layout_from_flags(args, parent.layout)
     plan = read_plan(args.plan, parent)
     world = World.from_environment()

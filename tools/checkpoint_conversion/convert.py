@@ -22,12 +22,12 @@ from megatron.pruning.cli.flags import (
     hyphenated,
     layout_from_flags,
     new_parser,
+    open_source,
     refuse_idle_layout,
     save_as_asked,
     say_source,
-    set_vocabulary,
 )
-from megatron.pruning.formats import check_target, open_checkpoint
+from megatron.pruning.formats import check_target
 from megatron.pruning.storage.processes import World
 
 
@@ -43,9 +43,8 @@ def main(argv: Sequence[str]) -> None:
     """Open, save."""
     args = parser().parse_args(hyphenated(argv))
     check_target(args.save, args.overwrite)
+    source = open_source(args)
     refuse_idle_layout(args)
-    source = open_checkpoint(args.load, args.iteration)
-    set_vocabulary(source, args)
     layout = layout_from_flags(args, source.layout)
     world = World.from_environment()
     if world.rank == 0:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron.pruning.formats import FORMATS, save_checkpoint
+from megatron.pruning.formats import FORMATS, open_checkpoint, save_checkpoint
 from megatron.pruning.formats.format import SaveOptions
 from megatron.pruning.formats.megatron import LOCAL, TE
 from megatron.pruning.model.checkpoint import Checkpoint
@@ -23,6 +23,7 @@ from megatron.pruning.model.megatron_args import (
 from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.processes import World
 
+_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "make_vocab_size_divisible_by")
 _FLAGS_FILE = Path(__file__).with_name("megatron_flags.txt")
 
 
@@ -87,7 +88,10 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save", type=Path, required=True, metavar="DIR", help="target; it must not exist, or be empty")
     group.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --save")
     group.add_argument(
-        "--format", choices=tuple(FORMATS), default="torch", help=f"format of the target (default torch). {formats}"
+        "--format",
+        choices=tuple(FORMATS),
+        help=f"format of the target (default: the source's; torch where another has no layout and one is asked for). "
+        f"{formats}",
     )
     group.add_argument(
         "--dtype", choices=tuple(BYTES), help="dtype of the target (default: every tensor keeps its own, bit for bit)"
@@ -102,7 +106,20 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def set_vocabulary(source: Checkpoint, args: argparse.Namespace) -> None:
+def open_source(args: argparse.Namespace) -> Checkpoint:
+    """Open --load by the flags of `add_checkpoint_flags`; a --format that was left out becomes what it stands for.
+
+    Raises ValueError as `open_checkpoint` does, and for a --vocab-size that is not the source's.
+    """
+    source = open_checkpoint(args.load, args.iteration)
+    _set_vocabulary(source, args)
+    if args.format is None:
+        for_megatron = any(getattr(args, name) is not None for name in (*_LAYOUT, "transformer_impl"))
+        args.format = "torch" if for_megatron and not FORMATS[source.format].parallel else source.format
+    return source
+
+
+def _set_vocabulary(source: Checkpoint, args: argparse.Namespace) -> None:
     """Give a source that does not know its vocabulary the one of --vocab-size.
 
     Raises ValueError when the source knows another, or has fewer rows.
@@ -180,8 +197,7 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
 
 def refuse_idle_layout(args: argparse.Namespace) -> None:
     """Raise ValueError for a flag of the layout where the target's format has none."""
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "make_vocab_size_divisible_by")
-    for name in names:
+    for name in _LAYOUT:
         if (value := getattr(args, name)) is not None and not FORMATS[args.format].parallel:
             raise ValueError(f"{flag_of(name)} {value}: --format {args.format} has no layout; leave it out")
 

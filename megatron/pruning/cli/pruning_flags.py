@@ -15,26 +15,21 @@ from megatron.pruning.plan.shapes import Shape, parse_bytes, parse_count, propos
 from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.small_files import read_small
 
-# What is kept where there is evidence, unless asked for something else.
-WITH_TEXT = {"criterion": "contribution", "layer_criterion": "block_influence"}
-
 
 def request_from_flags(args: argparse.Namespace, layout: Layout, shape: Shape | None = None) -> PruneRequest:
     """Return what the flags of prune_llama.py ask for; the sizes are those of a proposed `shape` if there is one."""
     remain = {axis: getattr(args, f"{axis}_remain") for axis in PRUNABLE}
     if shape is not None:
         remain = {axis: shape.sizes[axis] for axis in remain}
-    decided_by_text = args.reconstruct and args.plan is None
-    default = WITH_TEXT if decided_by_text else {}
     return PruneRequest(
         layout=layout,
         remain={axis: size for axis, size in remain.items() if size is not None},
         drop_layers=args.drop_layers,
         prune_type=args.prune_type,
-        criterion=args.criterion or default.get("criterion"),
-        layer_criterion=args.layer_criterion or (default.get("layer_criterion") if remain["layers"] else None),
+        criterion=args.criterion,
+        layer_criterion=args.layer_criterion,
         seed=args.seed,
-        correct_norms=args.correct_norms or (decided_by_text and remain["hidden"] is not None),
+        correct_norms=args.correct_norms,
     )
 
 
@@ -54,13 +49,13 @@ def plan_from_flags(
         return _read_plan(args.plan, request, parent, digest(args.scores) if args.scores else None)
     scores = None
     if args.scores is not None:
-        if not request.uses_scores:
+        if not request.heeds_scores:
             raise ValueError(
                 f"--scores {args.scores} would not be used: add --criterion {_taking(CRITERIA)}, or "
                 f"--layer-criterion {_taking(LAYER_CRITERIA)}"
             )
         scores = read_for(args.scores, fingerprint(parent), parent.path, parent.config.sizes, args.min_scores_tokens)
-    elif record is not None and request.uses_scores:
+    elif record is not None and request.heeds_scores:
         scores = record()
     return decide(request, parent, scores)
 
@@ -94,8 +89,9 @@ def _read_plan(path: Path, request: PruneRequest, parent: Checkpoint, scores: st
     for axis, size in request.remain.items():
         if size != plan.sizes[axis]:
             raise ValueError(f"--plan {path} keeps {axis} {plan.sizes[axis]}, but the flags ask for {size}")
-    if request.correct_norms and not plan.norm_gains:
-        raise ValueError(f"--plan {path} corrects no norms, but the flags say --correct-norms")
+    if request.correct_norms not in (None, bool(plan.norm_gains)):
+        has, flag = ("no norms", "--correct-norms") if request.correct_norms else ("norms", "--no-correct-norms")
+        raise ValueError(f"--plan {path} corrects {has}, but the flags say {flag}")
     if request.drop_layers and sorted(request.drop_layers) != plan.dropped_layers:
         raise ValueError(f"--plan {path} drops layers {plan.dropped_layers}, but the flags {request.drop_layers}")
     return plan

@@ -119,9 +119,12 @@ def config_to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
 
 def hf_export_problem(config: LlamaConfig) -> str | None:
     """Return why transformers would refuse this shape, None if it takes it. Only its Llama is so strict."""
-    if config.family == "llama" and config.hidden_size % config.num_attention_heads:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if config.family == "llama" and hidden % heads:
+        below = hidden - hidden % heads
+        nearest = f"{below} or {below + heads}" if below else f"{heads}"
         return (
-            f"hidden size {config.hidden_size} is not a multiple of {config.num_attention_heads} attention heads: "
-            "transformers refuses such a Llama, so it could be trained but not exported"
+            f"hidden size {hidden} is not a multiple of {heads} attention heads: transformers refuses such a Llama, so "
+            f"it could be trained but not exported; it takes {nearest}"
         )
     return None

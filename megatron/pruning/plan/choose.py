@@ -16,10 +16,11 @@ from megatron.pruning.plan.magnitude import magnitude
 from megatron.pruning.plan.scores import Array, AxisScores, Scores
 from megatron.pruning.storage.views import Index
 
-# What holds unless something else is asked for: the seed of a random choice, and the two criteria.
+# What holds unless something else is asked for: the seed of a random choice, and the two criteria without scores and
+# with them.
 SEED = 1234
-CRITERION = "random"
-LAYER_CRITERION = "spaced"
+CRITERION, CRITERION_BY_SCORES = "random", "contribution"
+LAYER_CRITERION, LAYER_CRITERION_BY_SCORES = "spaced", "block_influence"
 
 
 def random(parent: Checkpoint, seed: int, _: Scores | None) -> AxisScores:
@@ -53,19 +54,29 @@ def contribution(_: Checkpoint, seed: int, scores: Scores | None) -> AxisScores:
 class Criterion:
     """A way to score the indices of the axes: `of(parent, seed, scores)` gives the scores by axis and layer.
 
-    `summary` says in a few words what is kept. A criterion that is `seeded` tells nothing of an index's worth, so that
-    a plan reports no share of it.
+    `summary` says in a few words what is kept, and `cost` what that does to a model, where it does much. A criterion
+    that is `seeded` tells nothing of an index's worth, so that a plan reports no share of it.
     """
 
     summary: str
     of: Callable[[Checkpoint, int, Scores | None], AxisScores]
     needs_scores: bool = False
     seeded: bool = False
+    cost: str = ""
 
 
 CRITERIA: dict[str, Criterion] = {
-    "random": Criterion("a random choice", random, seeded=True),
-    "magnitude": Criterion("the largest L2 norm of all weights that an index touches", magnitude),
+    "random": Criterion(
+        "a random choice",
+        random,
+        seeded=True,
+        cost="note: a random choice leaves a model that guesses until it is trained",
+    ),
+    "magnitude": Criterion(
+        "the largest L2 norm of all weights that an index touches",
+        magnitude,
+        cost="warning: by magnitude alone a model is left worse than by a random choice",
+    ),
     "activation": Criterion("the largest activations in --scores", activation, needs_scores=True),
     "contribution": Criterion(
         "what adds most to the hidden states, in --scores; hidden channels as by activation",

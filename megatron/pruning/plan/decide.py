@@ -12,8 +12,10 @@ from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.choose import (
     CRITERIA,
     CRITERION,
+    CRITERION_BY_SCORES,
     LAYER_CRITERIA,
     LAYER_CRITERION,
+    LAYER_CRITERION_BY_SCORES,
     SEED,
     best,
     best_in_groups,
@@ -28,7 +30,7 @@ REMAIN_FLAGS = (*(AXIS[axis].flag or "" for axis in PRUNABLE), DROP_LAYERS)
 
 @dataclass(frozen=True)
 class PruneRequest:
-    """What the user asked for; None and what is left out mean the default.
+    """What the user asked for; None and what is left out mean the default, which heeds scores where there are some.
 
     `remain` has the sizes that remain by axis (an axis that is not named stays as it is), `drop_layers` the layers that
     go, numbered as in the parent. With `prune_type` balance each tensor-parallel block of `layout` keeps the same
@@ -42,38 +44,50 @@ class PruneRequest:
     criterion: str | None = None
     layer_criterion: str | None = None
     seed: int | None = None
-    correct_norms: bool = False
+    correct_norms: bool | None = None
 
     @property
-    def uses_scores(self) -> list[str]:
+    def needs_scores(self) -> list[str]:
         """Flags that cannot do without scores."""
+        criterion, layer_criterion = self.criterion, self.layer_criterion
         needing = {
-            f"--criterion {self.criterion}": CRITERIA[self.criterion or CRITERION].needs_scores,
-            f"--layer-criterion {self.layer_criterion}": LAYER_CRITERIA[
-                self.layer_criterion or LAYER_CRITERION
-            ].needs_scores,
+            f"--criterion {criterion}": criterion and CRITERIA[criterion].needs_scores,
+            f"--layer-criterion {layer_criterion}": layer_criterion and LAYER_CRITERIA[layer_criterion].needs_scores,
             "--correct-norms": self.correct_norms,
         }
         return [flag for flag, needs in needing.items() if needs]
+
+    @property
+    def heeds_scores(self) -> bool:
+        """Whether anything is decided by scores if there are some."""
+        criterion = CRITERIA[self.criterion or CRITERION_BY_SCORES]
+        layer_criterion = LAYER_CRITERIA[self.layer_criterion or LAYER_CRITERION_BY_SCORES]
+        return (
+            criterion.needs_scores
+            or ("layers" in self.remain and layer_criterion.needs_scores)
+            or ("hidden" in self.remain and self.correct_norms is not False)
+        )
 
 
 def decide(request: PruneRequest, parent: Checkpoint, scores: Scores | None = None) -> Plan:
     """Decide what is kept. Raises ValueError for every request that `parent`, its layout or its scores cannot give."""
     config = parent.config
-    if scores is None and (flags := request.uses_scores):
+    if scores is None and (flags := request.needs_scores):
         raise ValueError(f"{flags[0]} needs --scores FILE, which tools/score_importance.py makes from text")
-    dropped = _layers_to_drop(request, config.num_layers, scores)
+    layer_criterion = request.layer_criterion or (LAYER_CRITERION if scores is None else LAYER_CRITERION_BY_SCORES)
+    dropped = _layers_to_drop(request, layer_criterion, config.num_layers, scores)
     sizes = pruned_sizes(request, config, dropped)
     # Everything is refused before the weights are read for a criterion's sake.
     prune_type, seed = request.prune_type or PRUNE_TYPE, SEED if request.seed is None else request.seed
     check_layout(sizes, config.sizes, request.layout, prune_type)
-    name = request.criterion or CRITERION
+    name = request.criterion or (CRITERION if scores is None else CRITERION_BY_SCORES)
     axis_scores = CRITERIA[name].of(parent, seed, scores)
     layers = np.array([layer for layer in range(config.num_layers) if layer not in dropped], dtype=np.intp)
     blocks = request.layout.tensor if prune_type == BALANCE else 1
     kept = _choose(config, sizes, layers, axis_scores, blocks)
     shares = {} if CRITERIA[name].seeded else _scores_of_pruned(config, sizes, layers, axis_scores)
-    gains = scores.norm_gains(layers, kept["hidden"][0]) if request.correct_norms and scores is not None else ()
+    corrected = scores is not None and request.correct_norms is not False and sizes["hidden"] < config.hidden_size
+    gains = scores.norm_gains(layers, kept["hidden"][0]) if scores is not None and corrected else ()
     return Plan(
         layers=layers,
         hidden=kept["hidden"][0],
@@ -85,7 +99,7 @@ def decide(request: PruneRequest, parent: Checkpoint, scores: Scores | None = No
         norm_gains=gains,
         evidence=Evidence(
             criterion=name,
-            layer_criterion=(request.layer_criterion or LAYER_CRITERION) if "layers" in request.remain else None,
+            layer_criterion=layer_criterion if "layers" in request.remain else None,
             seed=seed,
             scores=scores.digest if scores else None,
             importance_kept=_by_layer(shares, kept, _share),
@@ -94,7 +108,7 @@ def decide(request: PruneRequest, parent: Checkpoint, scores: Scores | None = No
     )
 
 
-def _layers_to_drop(request: PruneRequest, layers: int, scores: Scores | None) -> tuple[int, ...]:
+def _layers_to_drop(request: PruneRequest, criterion: str, layers: int, scores: Scores | None) -> tuple[int, ...]:
     """Return which layers go: those that were named, or by a criterion so that as many remain as were asked for."""
     keep = request.remain.get("layers")
     if keep is None:
@@ -109,7 +123,7 @@ def _layers_to_drop(request: PruneRequest, layers: int, scores: Scores | None) -
         raise ValueError(f"{AXIS['layers'].flag} {keep} must lie between 1 and the parent's {layers}")
     if keep == layers:
         return ()
-    return LAYER_CRITERIA[request.layer_criterion or LAYER_CRITERION].drop(layers, layers - keep, scores)
+    return LAYER_CRITERIA[criterion].drop(layers, layers - keep, scores)
 
 
 def pruned_sizes(request: PruneRequest, config: LlamaConfig, dropped: tuple[int, ...]) -> dict[str, int]:

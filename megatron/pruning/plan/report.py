@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron.pruning.model.axes import AXIS, PRUNABLE
+from megatron.pruning.model.axes import AXIS, CHOSEN, PRUNABLE
 from megatron.pruning.model.config import LlamaConfig
+from megatron.pruning.plan.choose import CRITERIA
 from megatron.pruning.plan.plan import Plan
 
 
@@ -26,6 +27,12 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row)).rstrip()
         for row in rows
     )
+
+
+def cost_of_choice(plan: Plan) -> str:
+    """Return what it costs that something was chosen as it was; empty where little, or where nothing was chosen."""
+    chosen = any(plan.sizes[axis] != plan.parent_sizes[axis] for axis in CHOSEN)
+    return CRITERIA[plan.evidence.criterion].cost if chosen else ""
 
 
 def _evidence(plan: Plan) -> list[str]:
