@@ -271,7 +271,7 @@ def show(args: argparse.Namespace, plan: Plan, parent: Checkpoint, pruned: Check
         print(
             f"{cost}; to choose by what it does on text, and refit what remains, add --reconstruct --data-path PREFIX, "
             f"or give scripts/prune_llama.sh a DATA_PATH; only to choose: python tools/score_importance.py --load "
-            f"{args.load} --data PREFIX --save {args.load}.scores, then add --scores {args.load}.scores",
+            f"{args.load} --data PREFIX --save {args.save}.scores, then add --scores {args.save}.scores",
             file=sys.stderr,
         )
     if args.format != "hf" and (problem := hf_export_problem(pruned.config)):  # as hf it will be refused

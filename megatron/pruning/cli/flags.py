@@ -81,7 +81,13 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name a source and a target checkpoint."""
     formats = "; ".join(f"{format.name}: {format.summary}" for format in FORMATS.values())
     group = parser.add_argument_group("checkpoints")
-    group.add_argument("--load", type=Path, required=True, metavar="DIR", help="source; its format is detected")
+    group.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="source: a directory, or a model in the hub's cache, owner/name[@revision]; its format is detected",
+    )
     group.add_argument(
         "--iteration", type=natural, metavar="N", help="iteration of a Megatron source (default: the latest)"
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron.pruning.formats import huggingface, megatron_dist, megatron_torch
 from megatron.pruning.formats.format import Format, SaveOptions
+from megatron.pruning.formats.hub import located
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.storage import output
@@ -20,10 +21,12 @@ FORMATS: dict[str, Format] = {
 def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
     """Open the checkpoint at `path`; its format is detected. Only headers are read.
 
+    A model of the Hugging Face hub that lies in its cache may be named as the hub does, `owner/name[@revision]`.
     `iteration` chooses among those a Megatron directory holds; None takes the one its tracker file names.
 
     Raises ValueError when there is none, or when it is damaged or not a dense Llama.
     """
+    path = located(path)
     if not path.exists():
         raise ValueError(f"--load {path}: no such directory")
     if not path.is_dir():
