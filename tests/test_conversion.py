@@ -1,11 +1,13 @@
 """Conversions are exact: bitwise as files, and as models against LlamaForCausalLM and the stock GPTModel."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import show_checkpoint
 import torch
+from commands import ROOT
 from convert import main as convert_main
 from helpers import (
     EACH_SHAPE,
@@ -22,7 +24,7 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 from stock_loop import StockLoop
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.formats.format import SaveOptions
@@ -179,6 +181,25 @@ def test_tokenizer_and_config_travel(tmp_path: Path) -> None:
     assert {k: v for k, v in wanted.to_dict().items() if k not in ignored} == {
         k: v for k, v in found.to_dict().items() if k not in ignored
     }
+
+
+def test_a_tokenizer_of_transformers_5_is_spelled_for_4_too(gqa: Path, tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    shutil.copytree(gqa, source)
+    shutil.copy(ROOT / "assets/tiny-llama/tokenizer.json", source)
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(source / "tokenizer.json"), eos_token="</s>", additional_special_tokens=["<|im_start|>"]
+    ).save_pretrained(source)
+    assert json.loads((source / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
+    back = convert(convert(source, tmp_path / "m"), tmp_path / "back", format="hf")
+    spelled = json.loads((back / "tokenizer_config.json").read_text())
+    assert spelled["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in spelled
+    config = json.loads((back / "config.json").read_text())
+    assert not {"_name_or_path", "transformers_version"} & config.keys()
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (source, back))
+    text = "One <|im_start|> two</s>"
+    assert before(text)["input_ids"] == after(text)["input_ids"]
+    assert sorted(before.all_special_tokens) == sorted(after.all_special_tokens) == ["</s>", "<|im_start|>"]
 
 
 @pytest.mark.parametrize("divisor,tensor,padded", [(128, 1, 128), (128, 4, 512), (1, 2, 102), (7, 4, 112)])

@@ -103,7 +103,7 @@ def carried_files_of(directory: Path, home: Path | None = None) -> dict[str, byt
         name = path.relative_to(directory).as_posix()
         if _CARRIED.fullmatch(name) and path.is_file():
             require_inside(path, home or directory)
-            found[name] = _without_code(name, read_small(path))
+            found[name] = _as_carried(name, read_small(path))
             if not found[name] or (name.endswith((".json", ".model")) and found[name].lstrip()[:1] == b"<"):
                 what = "a web page" if found[name] else "empty"
                 raise ValueError(f"{path} is {what}, not the file that its name says: fetch it again, or remove it")
@@ -118,17 +118,25 @@ def require_inside(path: Path, directory: Path) -> None:
         raise ValueError(f"{path} is a link to {target}, outside of its checkpoint: it is not carried along")
 
 
-def _without_code(file: str, content: bytes) -> bytes:
-    """Return a carried file's content; the one whose settings may name code without them, however they are spelled."""
+def _as_carried(file: str, content: bytes) -> bytes:
+    """Return a carried file's content: a tokenizer's settings name no code, and are spelled as transformers 4 does.
+
+    Transformers 5 reads both spellings, 4 only its own. What needs no change keeps its bytes.
+    """
     if file != "tokenizer_config.json":
         return content
     try:
         values = json.loads(content)
     except ValueError:
         return content
-    if not isinstance(values, dict) or not any(name in values for name in _RUNS_CODE):
+    if not isinstance(values, dict):
         return content
-    return as_json({name: value for name, value in values.items() if name not in _RUNS_CODE})
+    spelled = {name: value for name, value in values.items() if name not in _RUNS_CODE}
+    if spelled.get("tokenizer_class") == "TokenizersBackend":
+        spelled["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(spelled.get("extra_special_tokens"), list):
+        spelled.setdefault("additional_special_tokens", spelled.pop("extra_special_tokens"))
+    return content if spelled == values else as_json(spelled)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -36,6 +36,7 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
 # max_window_layers are.
 _OWNED = {*_HF_NAMES.values(), "model_type", "rope_parameters", "rope_scaling", "rope_theta", "torch_dtype", "dtype"}
 _OWNED |= {"layer_types", "max_window_layers"}
+_OWNED |= {"_name_or_path", "transformers_version"}  # of the model that it was, and of what wrote that
 # Settings that have a reader run code, or fetch it: a plain Llama needs none, and so none goes on.
 RUNS_CODE = (
     "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "custom_pipelines",
