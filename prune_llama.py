@@ -25,6 +25,7 @@ arguments serves pruning and training; those that describe the model must agree 
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -37,6 +38,7 @@ from megatron.pruning.cli.flags import (
     add_layout_flags,
     add_megatron_flags,
     check_model_flags,
+    facts,
     hyphenated,
     layout_from_flags,
     natural,
@@ -46,8 +48,9 @@ from megatron.pruning.cli.flags import (
     save_as_asked,
     say_source,
 )
-from megatron.pruning.cli.pruning_flags import plan_from_flags, shapes_from_flags
+from megatron.pruning.cli.pruning_flags import plan_from_flags, pruning_facts, shapes_from_flags
 from megatron.pruning.cli.reconstruction import Reconstructor, add_reconstruction_flags, check_reconstruction_flags
+from megatron.pruning.cli.speech import Answer, add_speech_flags, speaking
 from megatron.pruning.formats import FORMATS, check_save, check_target, save_checkpoint
 from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
@@ -66,6 +69,7 @@ from megatron.pruning.plan.decide import DROP_LAYERS
 from megatron.pruning.plan.figure import plan_figure
 from megatron.pruning.plan.plan import PRUNE_TYPES, UNBALANCE, Plan
 from megatron.pruning.plan.pruned import Pruned
+from megatron.pruning.plan.reconstructed import REPORT_FILE, Report
 from megatron.pruning.plan.report import cost_of_choice, describe
 from megatron.pruning.plan.shapes import Shape, describe_shapes
 from megatron.pruning.storage.dtypes import BYTES
@@ -94,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_reconstruction_flags(group, "--data-path")
     add_layout_flags(parser)
+    add_speech_flags(parser)
     add_megatron_flags(parser)
     return parser
 
@@ -180,9 +185,15 @@ def layer_list(text: str) -> tuple[int, ...]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Propose shapes if only a size was asked for; decide on a plan and show it; write the plan or the checkpoint."""
+    """Read the flags, and do what they ask for."""
     args = parser().parse_args(hyphenated(argv))
     check_reconstruction_flags(args, parser())
+    with speaking(args) as answer:
+        prune(args, answer)
+
+
+def prune(args: argparse.Namespace, answer: Answer) -> None:
+    """Propose shapes if only a size was asked for; decide on a plan and show it; write the plan or the checkpoint."""
     if args.plan_only:
         absolute(args.save)
     else:
@@ -193,6 +204,7 @@ def main(argv: Sequence[str]) -> None:
 
     shapes = propose(args, parent, layout)
     if shapes and args.shape is None:
+        answer(lambda: {"parent": facts(parent), "shapes": [dataclasses.asdict(shape) for shape in shapes]})
         return
     shape = shapes[args.shape - 1] if shapes else None
     if args.reconstruct:
@@ -204,23 +216,33 @@ def main(argv: Sequence[str]) -> None:
         plan = plan_from_flags(args, parent, layout, shape)
         world, work = World.from_environment(), None
 
-    model: Checkpoint = Pruned(parent, plan)
+    model, report = Pruned(parent, plan), None
     if world.rank == 0:
         show(args, plan, parent, model)
         if args.plan_only:
             write_plan(args.save, plan)
     if not args.plan_only:
-        beside = {PLAN_FILE: plan.to_json().encode()}
-        if work is not None:
-            check_save(model, args.save, args.format, options_from_flags(args, layout))
-            model, report = work.run(plan)
-            beside |= report
-        save_as_asked(model, args, layout, world, beside)
-        if world.rank == 0 and FORMATS[args.format].sharded and plan.prune_type == UNBALANCE and layout.tensor > 1:
-            print("its shards may be uneven: merge or re-split them with scripts/transfer.sh before training")
+        report = write(args, plan, model, layout, work, world)
     if work is not None:
         work.close()
     world.leave()
+    answer(lambda: pruning_facts(args, parent, plan, report))
+
+
+def write(
+    args: argparse.Namespace, plan: Plan, pruned: Pruned, layout: Layout, work: Reconstructor | None, world: World
+) -> Report | None:
+    """Write the checkpoint, reconstructed first where that is the `work`; return the report of that."""
+    model: Checkpoint = pruned
+    report, beside = None, {PLAN_FILE: plan.to_json().encode()}
+    if work is not None:
+        check_save(model, args.save, args.format, options_from_flags(args, layout))
+        model, report = work.run(plan)
+        beside[REPORT_FILE] = report.to_json()
+    save_as_asked(model, args, layout, world, beside)
+    if world.rank == 0 and FORMATS[args.format].sharded and plan.prune_type == UNBALANCE and layout.tensor > 1:
+        print("its shards may be uneven: merge or re-split them with scripts/transfer.sh before training")
+    return report
 
 
 def propose(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> list[Shape]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive
+from megatron.pruning.cli.speech import add_speech_flags, speaking
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.plan.report import table
 from megatron.pruning.storage.dtypes import TORCH_NAMES
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="device to compute on (default: a GPU when there is one)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the results to, too")
+    add_speech_flags(parser, into_file=True)
     return parser
 
 
@@ -82,14 +83,22 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluate every checkpoint on the same tokens and tasks and print one table."""
+    """Read the flags, and compare."""
     args = parser().parse_args(hyphenated(argv))
+    with speaking(args) as answer:
+        results = compare(args)
+        answer(lambda: results)
+
+
+def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Evaluate every checkpoint on the same tokens and tasks, print one table, and return what stands in it."""
     if not args.data and not args.tasks:
         raise ValueError("give --data, --tasks or both: what the checkpoints are to be compared on")
     if args.tasks and not importlib.util.find_spec("lm_eval"):
         raise ValueError("--tasks needs lm-evaluation-harness, which is not installed: pip install lm-eval==0.4.13")
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no directory {args.json.parent}")
+    file = args.json if isinstance(args.json, Path) else None
+    if file and not file.parent.is_dir():
+        raise ValueError(f"--json {file}: there is no directory {file.parent}")
     # They take seconds, and --help and the mistakes above need none of them.
     from megatron.pruning.training.evaluation import device_named, loss, task_scores
     from megatron.pruning.training.hf_model import build
@@ -116,8 +125,9 @@ def main(argv: Sequence[str]) -> None:
             result |= task_scores(checkpoint, model, args.tasks, args.task_folder, args.batch_size, args.limit)
         results.append(result)
     print(result_table(results))
-    if args.json:
-        replace_durably(args.json, (json.dumps(results, indent=1) + "\n").encode())
+    if file:
+        replace_durably(file, (json.dumps(results, indent=1) + "\n").encode())
+    return results
 
 
 def command() -> None:

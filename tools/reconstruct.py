@@ -29,11 +29,13 @@ from megatron.pruning.cli.flags import (
     save_as_asked,
     say_source,
 )
-from megatron.pruning.cli.pruning_flags import read_plan
+from megatron.pruning.cli.pruning_flags import pruning_facts, read_plan
 from megatron.pruning.cli.reconstruction import Reconstructor, add_reconstruction_flags
+from megatron.pruning.cli.speech import add_speech_flags, speaking
 from megatron.pruning.formats import check_save, check_target
 from megatron.pruning.model.checkpoint import PLAN_FILE
 from megatron.pruning.plan.pruned import Pruned
+from megatron.pruning.plan.reconstructed import REPORT_FILE
 from megatron.pruning.storage.processes import World
 
 
@@ -45,26 +47,30 @@ def parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("reconstruction")
     group.add_argument("--plan", type=Path, required=True, metavar="FILE", help="what is cut, by prune_llama.py")
     add_reconstruction_flags(group, "--data", required=True)
+    add_speech_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
     """Open, cut, reconstruct, save."""
     args = parser().parse_args(hyphenated(argv))
-    check_target(args.save, args.overwrite)
-    parent = open_source(args)
-    refuse_idle_layout(args)
-    layout = layout_from_flags(args, parent.layout)
-    plan = read_plan(args.plan, parent)
-    world = World.from_environment()
-    if world.rank == 0:
-        say_source(parent)
-    check_save(Pruned(parent, plan), args.save, args.format, options_from_flags(args, layout))
-    work = Reconstructor(args, "--data", parent, plan.sizes["hidden"], world)
-    model, report = work.run(plan)
-    save_as_asked(model, args, layout, world, beside={PLAN_FILE: plan.to_json().encode(), **report})
-    work.close()
-    world.leave()
+    with speaking(args) as answer:
+        check_target(args.save, args.overwrite)
+        parent = open_source(args)
+        refuse_idle_layout(args)
+        layout = layout_from_flags(args, parent.layout)
+        plan = read_plan(args.plan, parent)
+        world = World.from_environment()
+        if world.rank == 0:
+            say_source(parent)
+        check_save(Pruned(parent, plan), args.save, args.format, options_from_flags(args, layout))
+        work = Reconstructor(args, "--data", parent, plan.sizes["hidden"], world)
+        model, report = work.run(plan)
+        beside = {PLAN_FILE: plan.to_json().encode(), REPORT_FILE: report.to_json()}
+        save_as_asked(model, args, layout, world, beside)
+        work.close()
+        world.leave()
+        answer(lambda: pruning_facts(args, parent, plan, report))
 
 
 def command() -> None:

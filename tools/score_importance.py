@@ -17,11 +17,16 @@ of, and is the same for every layout within rounding. A run that was interrupted
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, natural, new_parser, positive
+from megatron.pruning.cli.speech import add_speech_flags, speaking
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.plan.scores import read
 from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.processes import is_first
 from megatron.pruning.training.quiet import quiet_imports
@@ -75,12 +80,27 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=tuple(TORCH_NAMES), help="dtype to compute in (default: bf16 on GPUs, else fp32)"
     )
+    add_speech_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the text through the model and write what was seen."""
+    """Read the flags, and score."""
     args = parser().parse_args(hyphenated(argv))
+    with speaking(args) as answer:
+        record(args)
+        answer(lambda: scores_facts(args.save))
+
+
+def scores_facts(file: Path) -> dict[str, Any]:
+    """Return what a program may want to know of scores."""
+    scores = read(file)
+    facts: dict[str, Any] = msgspec.to_builtins(scores.facts)
+    return {"saved": str(file), **facts, "block_influence": scores.block_influence.tolist()}
+
+
+def record(args: argparse.Namespace) -> None:
+    """Read the text through the model and write what was seen."""
     if args.save.exists() and not args.overwrite:
         raise ValueError(f"--save {args.save} exists: add --overwrite to replace it")
     if args.save.is_dir():

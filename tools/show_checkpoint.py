@@ -18,11 +18,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron.pruning.cli.entry import plain, run
-from megatron.pruning.cli.flags import hyphenated, natural, new_parser
+from megatron.pruning.cli.flags import facts, hyphenated, natural, new_parser
+from megatron.pruning.cli.speech import add_speech_flags, speaking
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.model.megatron_args import config_to_command_line
@@ -48,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--digest", action="store_true", help="print the digest of the constants and all logical weights"
     )
+    add_speech_flags(parser)
     return parser
 
 
@@ -116,22 +119,35 @@ def check_files(directory: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Open, print."""
+    """Read the flags, and show."""
     args = parser().parse_args(hyphenated(argv))
+    with speaking(args) as answer:
+        found = show(args)
+        answer(lambda: found)
+
+
+def show(args: argparse.Namespace) -> dict[str, Any]:
+    """Open, print, and return what was printed."""
     if args.verify:  # first: what is damaged may not open
         check_files(args.path)
     checkpoint = open_checkpoint(args.path, args.iteration)
     if args.megatron_flags:
         lines = config_to_command_line(checkpoint.config, checkpoint.training_layout)
-        print("\n".join(word for line in lines for word in line.split()))
-        return
+        words = [word for line in lines for word in line.split()]
+        print("\n".join(words))
+        return {"megatron_flags": words}
     print(plain(describe(checkpoint)))
+    found = facts(checkpoint) | ({"verified": True} if args.verify else {})
     if args.weights:
+        found["weights"] = []
         for weight, layer, view in checkpoint.weights():
-            shape = " x ".join(map(str, view.shape))
-            print(f"{weight.hf_key(layer):50}  {shape:>15}  {view.dtype}  norm {norm(view):.6g}")
+            name, length = weight.hf_key(layer), norm(view)
+            print(f"{name:50}  {' x '.join(map(str, view.shape)):>15}  {view.dtype}  norm {length:.6g}")
+            found["weights"].append({"name": name, "shape": view.shape, "dtype": view.dtype, "norm": length})
     if args.digest:
-        print(f"digest  {digest(checkpoint)}")
+        found["digest"] = digest(checkpoint)
+        print(f"digest  {found['digest']}")
+    return found
 
 
 def command() -> None:

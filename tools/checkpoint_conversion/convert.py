@@ -19,6 +19,7 @@ from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import (
     add_checkpoint_flags,
     add_layout_flags,
+    facts,
     hyphenated,
     layout_from_flags,
     new_parser,
@@ -27,7 +28,8 @@ from megatron.pruning.cli.flags import (
     save_as_asked,
     say_source,
 )
-from megatron.pruning.formats import check_target
+from megatron.pruning.cli.speech import add_speech_flags, speaking
+from megatron.pruning.formats import check_target, open_checkpoint
 from megatron.pruning.storage.processes import World
 
 
@@ -36,21 +38,24 @@ def parser() -> argparse.ArgumentParser:
     parser = new_parser("convert.py", __doc__)
     add_checkpoint_flags(parser)
     add_layout_flags(parser)
+    add_speech_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
     """Open, save."""
     args = parser().parse_args(hyphenated(argv))
-    check_target(args.save, args.overwrite)
-    source = open_source(args)
-    refuse_idle_layout(args)
-    layout = layout_from_flags(args, source.layout)
-    world = World.from_environment()
-    if world.rank == 0:
-        say_source(source)
-    save_as_asked(source, args, layout, world)
-    world.leave()
+    with speaking(args) as answer:
+        check_target(args.save, args.overwrite)
+        source = open_source(args)
+        refuse_idle_layout(args)
+        layout = layout_from_flags(args, source.layout)
+        world = World.from_environment()
+        if world.rank == 0:
+            say_source(source)
+        save_as_asked(source, args, layout, world)
+        world.leave()
+        answer(lambda: {"source": facts(source), "saved": facts(open_checkpoint(args.save))})
 
 
 def command() -> None:

@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron.pruning.formats import FORMATS, open_checkpoint, save_checkpoint
 from megatron.pruning.formats.format import SaveOptions
@@ -156,6 +157,20 @@ def say_source(source: Checkpoint) -> None:
             "padding or not; give --vocab-size",
             file=sys.stderr,
         )
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a program may want to know of a checkpoint, as JSON can hold it."""
+    layout = checkpoint.layout
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "layout": {"tensor": layout.tensor, "pipeline": layout.pipeline} if layout else None,
+        "dtype": checkpoint.dtype,
+        "parameters": checkpoint.config.parameters,
+        "bytes": checkpoint.nbytes,
+        "sizes": checkpoint.config.sizes,
+    }
 
 
 def options_from_flags(args: argparse.Namespace, layout: Layout) -> SaveOptions:

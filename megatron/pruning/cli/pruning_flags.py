@@ -3,13 +3,19 @@
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from megatron.pruning.cli.flags import facts
+from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.axes import PRUNABLE
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.choose import CRITERIA, LAYER_CRITERIA, Criterion, LayerCriterion
 from megatron.pruning.plan.decide import REMAIN_FLAGS, PruneRequest, decide
 from megatron.pruning.plan.plan import Plan
+from megatron.pruning.plan.reconstructed import Report
 from megatron.pruning.plan.scores import Scores, digest, read_for
 from megatron.pruning.plan.shapes import Shape, parse_bytes, parse_count, propose
 from megatron.pruning.storage.dtypes import BYTES
@@ -95,6 +101,22 @@ def _read_plan(path: Path, request: PruneRequest, parent: Checkpoint, scores: st
     if request.drop_layers and sorted(request.drop_layers) != plan.dropped_layers:
         raise ValueError(f"--plan {path} drops layers {plan.dropped_layers}, but the flags {request.drop_layers}")
     return plan
+
+
+def pruning_facts(
+    args: argparse.Namespace, parent: Checkpoint, plan: Plan, report: Report | None = None
+) -> dict[str, Any]:
+    """Return what a program may want to know of a pruning: the models, what was decided by what, and the losses."""
+    evidence, losses = plan.evidence, report.losses if report else None
+    return {
+        "parent": facts(parent),
+        "pruned": facts(open_checkpoint(args.save)) if args.save.exists() else {"sizes": plan.sizes},
+        "dropped_layers": plan.dropped_layers,
+        "prune_type": plan.prune_type,
+        "evidence": msgspec.to_builtins(evidence),
+        "norms_corrected": bool(plan.norm_gains),
+        "losses": msgspec.to_builtins(losses) if losses else None,
+    }
 
 
 def shapes_from_flags(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> list[Shape]:

@@ -13,7 +13,7 @@ from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.figure import report_figure
 from megatron.pruning.plan.plan import Plan
-from megatron.pruning.plan.reconstructed import REPORT_FILE, Report
+from megatron.pruning.plan.reconstructed import Report
 from megatron.pruning.plan.scores import Scores, read
 from megatron.pruning.storage.output import hold_directory
 from megatron.pruning.storage.processes import World
@@ -135,8 +135,8 @@ class Reconstructor:
         self.world.barrier()
         return read(file)
 
-    def run(self, plan: Plan) -> tuple[Checkpoint, dict[str, bytes]]:
-        """Reconstruct the model that a plan cuts; return it, and the report, a small file that goes with it."""
+    def run(self, plan: Plan) -> tuple[Checkpoint, Report]:
+        """Reconstruct the model that a plan cuts; return it, and the report, which goes beside it."""
         import torch
 
         from megatron.pruning.training.reconstruct import Options, Text
@@ -153,7 +153,7 @@ class Reconstructor:
                 picture = self.args.save.with_name(f"{self.args.save.name}.reconstruct.png")
                 replace_durably(picture, report_figure(report))
                 print(f"by layer: {picture}", flush=True)
-        return model, {REPORT_FILE: report.to_json()}
+        return model, report
 
     def close(self) -> None:
         """Part from the other processes, and take the directory of what was unfinished away."""

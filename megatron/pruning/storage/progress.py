@@ -8,13 +8,16 @@ import time
 class Progress:
     """One bar with rate and ETA on a terminal, a plain line every ten seconds in a log; quiet unless `show`."""
 
+    quiet = False  # a run that is to print nothing shows none
+
     def __init__(self, what: str, total: int, show: bool, unit: str = "B", before: int = 0) -> None:
         """`before` of the `total` units were done by an earlier run."""
-        self.what, self.total, self.done, self.show, self.unit, self.before = what, total, before, show, unit, before
+        self.what, self.total, self.done, self.unit, self.before = what, total, before, unit, before
+        self.show = show and not self.quiet
         self.start = self.last_line = time.monotonic()
         self.bar = None
         self.lock = threading.Lock()
-        if show and sys.stderr.isatty():
+        if self.show and sys.stderr.isatty():
             from tqdm import tqdm  # a tenth of a second that --help and logs do without
 
             self.bar = tqdm(total=total, desc=what, unit=unit, initial=before, unit_scale=True, leave=False)
