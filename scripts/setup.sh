@@ -3,6 +3,9 @@
 #
 #   bash scripts/setup.sh                         # finds a Python 3.12 or newer
 #   PYTHON_BIN=/opt/python3.12 bash scripts/setup.sh
+#
+# Where PYTHON_BIN (or python3) has torch and TransformerEngine, as in NVIDIA's containers, .venv sees its packages and
+# gets only what is missing: that torch, and what is compiled for it, stay as they are.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,7 +19,12 @@ fi
 
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; }
 
-python=
+has_gpu_packages() {
+    "$1" -c 'import sys; from importlib.util import find_spec as find
+sys.exit(not (find("torch") and find("transformer_engine")))' >/dev/null 2>&1
+}
+
+python= beside=
 for candidate in ${PYTHON_BIN:+"$PYTHON_BIN"} python3.12 python3.13 python3 \
     "$HOME"/.pyenv/versions/3.12*/bin/python "$HOME"/.pyenv/versions/3.1[3-9]*/bin/python; do
     if command -v "$candidate" >/dev/null && is_new_enough "$candidate"; then
@@ -28,15 +36,34 @@ if [ -z "$python" ]; then
     echo "error: no Python 3.12 or newer was found: install one, or name it with PYTHON_BIN=/path/to/python" >&2
     exit 1
 fi
+if is_new_enough "${PYTHON_BIN:-python3}" && has_gpu_packages "${PYTHON_BIN:-python3}"; then
+    python=${PYTHON_BIN:-python3} beside=1
+fi
+
+# The packages of a container keep their versions, by constraints of our own: its may be older than what Megatron needs.
+install_beside() {
+    "$python" -m venv --clear --without-pip --system-site-packages "$VENV" # its pip serves, and often it has no ensurepip
+    "$python" "$ROOT/scripts/missing_packages.py" "$ROOT/requirements.txt" "$VENV"
+    PIP_CONSTRAINT='' "$VENV/bin/python" -m pip install --quiet --constraint "$VENV/kept.txt" \
+        --requirement "$VENV/missing.txt" --editable "$ROOT[train]"
+}
+
+install_all() {
+    "$python" -m venv "$VENV"
+    "$VENV/bin/python" -m pip install --quiet --requirement "$ROOT/requirements.txt"
+    "$VENV/bin/python" -m pip install --quiet --no-deps --editable "$ROOT"
+}
 
 (
     # Two scripts started at once must not install into each other.
     if command -v flock >/dev/null; then flock 9; fi
     [ "$(cat "$STAMP" 2>/dev/null)" = "$wanted $ROOT" ] && exit 0
-    echo "setting up $VENV with $("$python" --version) (about 5 GB, a few minutes)"
+    if [ -n "$beside" ]; then
+        echo "setting up $VENV beside the torch and TransformerEngine of $("$python" --version) (a few minutes)"
+    else
+        echo "setting up $VENV with $("$python" --version) (about 5 GB, a few minutes)"
+    fi
     rm -f "$STAMP"
-    "$python" -m venv "$VENV"
-    "$VENV/bin/python" -m pip install --quiet --requirement "$ROOT/requirements.txt"
-    "$VENV/bin/python" -m pip install --quiet --no-deps --editable "$ROOT"
+    if [ -n "$beside" ]; then install_beside; else install_all; fi
     echo "$wanted $ROOT" >"$STAMP"
 ) 9>"$ROOT/.setup.lock"
