@@ -40,6 +40,7 @@ TENSORBOARD_PATH=${TENSORBOARD_PATH:-$SAVE_PATH/tensorboard}
 TEACHER_LOAD=${TEACHER_LOAD:-}                 # distillation: the unpruned model, e.g. $RUNS/parent; empty: none
 KD_ALPHA=${KD_ALPHA:-1.0}                      # share of the distillation loss; the rest is the language-model loss
 KD_TEMPERATURE=${KD_TEMPERATURE:-1.0}
+DTYPE=${DTYPE:-}                               # bf16, fp16 or fp32; empty: bf16 on GPUs, fp32 without
 DISTRIBUTED_OPTIMIZER=${DISTRIBUTED_OPTIMIZER:-auto} # 1 or 0; auto: where GPUs hold several copies and it can resume
 # The hyper-parameters of the reference's 13B -> 7B recovery: 4.2M tokens a step, 20B in all.
 SEQ_LENGTH=${SEQ_LENGTH:-4096}
@@ -86,11 +87,17 @@ nodes=${NNODES:-1}
 gpus=$(count_gpus)
 device=(--ckpt-format torch)
 if [ "$gpus" -gt 0 ]; then
-    device=(--bf16 --cross-entropy-loss-fusion --ckpt-format torch_dist) # in which every rank saves what it holds
+    device=(--cross-entropy-loss-fusion --ckpt-format torch_dist) # in which every rank saves what it holds
     [ "$tensor" = 1 ] || device+=(--sequence-parallel)
 else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
+[ -n "$DTYPE" ] || DTYPE=$([ "$gpus" -gt 0 ] && echo bf16 || echo fp32)
+case $DTYPE in
+fp32) ;;
+bf16 | fp16) device+=("--$DTYPE") ;;
+*) die "DTYPE $DTYPE is none of bf16, fp16 and fp32" ;;
+esac
 if [ -z "${GPUS_PER_NODE:-}" ]; then # as many data-parallel copies as there are GPUs for, and as the batch divides into
     copies=$((gpus * nodes / ranks > 0 ? gpus * nodes / ranks : 1))
     while [ $((GLOBAL_BATCH_SIZE % copies)) != 0 ] || [ $((copies * ranks % nodes)) != 0 ]; do

@@ -15,6 +15,16 @@ die() {
     exit 1
 }
 
+# Settings of another job in this shell must not leak into what runs several of the scripts.
+forget_settings() {
+    unset HF_FORMAT_DIR MEGATRON_FORMAT_DIR LOAD_PATH SAVE_PATH CHECKPOINT_PATH DATA_PATH VALID_DATA_PATH SPLIT PP \
+        PRUNE_TYPE HIDDEN_SIZE_REMAIN NUM_ATTENTION_HEADS_REMAIN NUM_QUERY_GROUPS_REMAIN FFN_HIDDEN_SIZE_REMAIN \
+        DROP_LAYERS TOKENIZER_TYPE TOKENIZER_MODEL TENSORBOARD_PATH GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR \
+        MASTER_PORT TEACHER_LOAD KD_ALPHA KD_TEMPERATURE DISTRIBUTED_OPTIMIZER DTYPE SEQ_LENGTH MICRO_BATCH_SIZE \
+        GLOBAL_BATCH_SIZE LR MIN_LR LR_WARMUP_ITERS WEIGHT_DECAY CLIP_GRAD SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS \
+        LOG_INTERVAL
+}
+
 # words TEXT: set `split` to one prefix, which may hold spaces, or to those of "weight prefix weight prefix ...".
 words() {
     if [ -f "$1.idx" ]; then split=("$1"); else read -ra split <<<"$1"; fi

@@ -81,7 +81,7 @@ def test_check_model_starts_what_the_gpus_of_all_machines_have_room_for(
     else:
         launcher, words = check_model(tmp_path, gpus, **settings)
         assert launcher[launcher.index("--nproc_per_node") + 1] == str(started)
-        assert "--bf16 --cross-entropy-loss-fusion --ckpt-format torch_dist --sequence-parallel" in " ".join(words)
+        assert "--cross-entropy-loss-fusion --ckpt-format torch_dist --sequence-parallel --bf16" in " ".join(words)
         assert "--use-distributed-optimizer" not in words, "without a fused Adam it cannot resume"
 
 
@@ -98,6 +98,20 @@ def test_check_model_spreads_the_optimizer_where_it_can_resume(
     _, words = check_model(tmp_path, 8, **settings)
     flags = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
     assert (flags in " ".join(words)) is there and "--sequence-parallel" not in words
+
+
+@pytest.mark.parametrize(
+    "gpus,dtype,flags",
+    [(0, "", set()), (8, "", {"--bf16"}), (8, "fp16", {"--fp16"}), (8, "fp32", set()), (0, "bf16", {"--bf16"})],
+)
+def test_check_model_trains_in_the_dtype_that_is_asked_for(
+    gpus: int, dtype: str, flags: set[str], folder: Path, tmp_path: Path
+) -> None:
+    settings = {"LOAD_PATH": folder / "hf", "DATA_PATH": "text", "TOKENIZER_MODEL": "none", "DTYPE": dtype}
+    _, words = check_model(tmp_path, gpus, **settings, SAVE_PATH=tmp_path / "new")
+    assert {"--bf16", "--fp16"} & {*words} == flags
+    with pytest.raises(ValueError, match="DTYPE half is none of bf16, fp16 and fp32"):
+        check_model(tmp_path, **{**settings, "DTYPE": "half"}, SAVE_PATH=tmp_path / "new")
 
 
 @pytest.mark.parametrize("format", ["torch", "torch_dist"])
