@@ -17,8 +17,9 @@ The loop, the optimizer, the schedules, the checkpoints and the flags are Megatr
 wheel of megatron-core). This project adds, in megatron/pruning/training: defaults for machines without a GPU or without
 TransformerEngine (cpu_device.py, flags.py), local layers whose attention is torch's (local_layers.py), a loader that
 refuses what does not fit (strict_loading.py; the stock one warns and trains from random weights), and distillation from
-a teacher (distillation.py). What it changes in Megatron to have them is one table (megatron_patches.py). The files
-beside a checkpoint (tokenizer, plan, command line) follow it to --save.
+a teacher (distillation.py), and the tokenizer of the checkpoint where none is named (tokenizer.py). What it changes in
+Megatron to have them is one table (megatron_patches.py). The files beside a checkpoint (tokenizer, plan, command line)
+follow it to --save.
 """
 
 import argparse
@@ -53,8 +54,9 @@ with quiet_imports():
     from megatron.pruning.training.distillation import Distillation
     from megatron.pruning.training.flags import add_defaults, flags_refused, refuse_impossible, refuse_without_libraries
     from megatron.pruning.training.local_layers import gpt_config
-    from megatron.pruning.training.megatron_patches import applied, while_parsing, while_training
+    from megatron.pruning.training.megatron_patches import applied, while_parsing, while_publishing, while_training
     from megatron.pruning.training.strict_loading import carry_files, require_checkpoint
+    from megatron.pruning.training.tokenizer import build_tokenizer, name_tokenizer
 
 
 def main(argv: Sequence[str]) -> None:
@@ -89,10 +91,22 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.use_checkpoint_args:
         take_arguments(args)
     refuse_impossible(args)
+    tokenizer = tokenizer_of(args)
     with flags_refused():
         validate_args(args)
-        set_global_variables(args)
+        with applied(while_publishing(tokenizer)):
+            set_global_variables(args)
     return args
+
+
+def tokenizer_of(args: argparse.Namespace) -> Any:
+    """Return the tokenizer of the flags or, where they name none, of the checkpoint; these then name it.
+
+    Raises ValueError when there is none, or it does not fit the model.
+    """
+    checkpoints = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint}
+    name_tokenizer(args, {flag: path for flag, path in checkpoints.items() if path is not None})
+    return build_tokenizer(args, args.vocab_size or args.padded_vocab_size)
 
 
 # Data, batch and loss ------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def add_size_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="K",
         help="train each of the first K shapes for --train-iters steps (default 200) on --data-path, or "
-        "--train-data-path and --valid-data-path, with --tokenizer-model; rank them by validation loss",
+        "--train-data-path and --valid-data-path; rank them by validation loss",
     )
 
 
@@ -252,7 +252,7 @@ def propose(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> lis
     """
     shapes = shapes_from_flags(args, parent, layout)
     if args.candidates is not None:
-        check_candidates(args)
+        check_candidates(args, parent)
     if shapes and is_first():
         print(describe_shapes(parent.config, shapes, args.dtype or parent.dtype), flush=True)
     if args.candidates is not None:
@@ -262,7 +262,7 @@ def propose(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> lis
     return shapes
 
 
-def check_candidates(args: argparse.Namespace) -> None:
+def check_candidates(args: argparse.Namespace, parent: Checkpoint) -> None:
     """Raise ValueError where --candidates cannot be measured."""
     try:
         from tools import candidates
@@ -270,7 +270,7 @@ def check_candidates(args: argparse.Namespace) -> None:
         raise ValueError(
             "--candidates trains by scripts/check_model.sh: run prune_llama.py of the repository"
         ) from error
-    candidates.check(args)
+    candidates.check(args, parent)
 
 
 def measure_candidates(args: argparse.Namespace, parent: Checkpoint, layout: Layout, shapes: list[Shape]) -> None:

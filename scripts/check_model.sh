@@ -4,8 +4,7 @@
 # order of data.
 #
 #   LOAD_PATH=llama-7b-tp8 SAVE_PATH=recovered DATA_PATH="0.7 pile_a_text_document 0.3 pile_b_text_document" \
-#   TOKENIZER_MODEL=Llama-2-13b/tokenizer.model GPUS_PER_NODE=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 \
-#   bash scripts/check_model.sh
+#   GPUS_PER_NODE=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 bash scripts/check_model.sh
 #
 # TEACHER_LOAD=llama-13b-hf learns the distribution of that model, of any format, shape and layout, on top.
 # Further flags of pretrain_gpt.py (all of Megatron's) may follow and win over those given here.
@@ -16,8 +15,6 @@ RUNS=${RUNS:-$HERE/runs}
 if [ -z "${LOAD_PATH:-}" ]; then # the embedded model, pruned by scripts/prune_llama.sh
     DATA_PATH=${DATA_PATH:-$RUNS/data/train_text_document}
     VALID_DATA_PATH=${VALID_DATA_PATH:-$RUNS/data/valid_text_document}
-    TOKENIZER_TYPE=${TOKENIZER_TYPE:-Llama2Tokenizer}
-    TOKENIZER_MODEL=${TOKENIZER_MODEL:-$HERE/assets/tiny-llama/tokenizer.model}
     SEQ_LENGTH=${SEQ_LENGTH:-256}
     MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-8}
     GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-16}
@@ -34,8 +31,8 @@ SAVE_PATH=${SAVE_PATH:-${CHECKPOINT_PATH:-$RUNS/recovered}} # where training sav
 DATA_PATH=${DATA_PATH:-}                       # .bin/.idx prefix, or "weight prefix weight prefix ..."
 VALID_DATA_PATH=${VALID_DATA_PATH:-}           # empty: SPLIT of DATA_PATH
 SPLIT=${SPLIT:-949,50,1}
-TOKENIZER_TYPE=${TOKENIZER_TYPE:-Llama2Tokenizer}
-TOKENIZER_MODEL=${TOKENIZER_MODEL:-}
+TOKENIZER_MODEL=${TOKENIZER_MODEL:-}           # a file or folder; empty: the tokenizer that lies with the checkpoint
+TOKENIZER_TYPE=${TOKENIZER_TYPE:-}             # Megatron's name of its kind; empty: by the files
 TENSORBOARD_PATH=${TENSORBOARD_PATH:-$SAVE_PATH/tensorboard}
 TEACHER_LOAD=${TEACHER_LOAD:-}                 # distillation: the unpruned model, e.g. $RUNS/parent; empty: none
 KD_ALPHA=${KD_ALPHA:-1.0}                      # share of the distillation loss; the rest is the language-model loss
@@ -60,7 +57,6 @@ LOG_INTERVAL=${LOG_INTERVAL:-1}
 source "$HERE/scripts/common.sh"
 
 [ -n "$DATA_PATH" ] || die "DATA_PATH is empty: name the prefix of a .bin and .idx that tools/preprocess_data.py made"
-[ -n "$TOKENIZER_MODEL" ] || die "TOKENIZER_MODEL is empty: name the tokenizer that made the data"
 [ -d "$LOAD_PATH" ] || die "LOAD_PATH $LOAD_PATH: no such directory; scripts/prune_llama.sh makes it"
 
 [ "$LR_WARMUP_ITERS" -lt "$TRAIN_ITERS" ] ||
@@ -130,12 +126,15 @@ else
     data=(--data-path "${split[@]}" --split "$SPLIT")
 fi
 
+tokenizer=()
+[ -z "$TOKENIZER_TYPE" ] || tokenizer+=(--tokenizer-type "$TOKENIZER_TYPE")
+[ -z "$TOKENIZER_MODEL" ] || tokenizer+=(--tokenizer-model "$TOKENIZER_MODEL")
+
 teacher=()
 [ -z "$TEACHER_LOAD" ] || teacher=(--teacher-load "$TEACHER_LOAD" --kd-alpha "$KD_ALPHA" --kd-temperature "$KD_TEMPERATURE")
 
 launch "$GPUS_PER_NODE" "$ROOT/pretrain_gpt.py" "${model[@]}" "${device[@]}" "${data[@]}" "${teacher[@]}" \
-    --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER_MODEL" \
-    --load "$SAVE_PATH" --pretrained-checkpoint "$LOAD_PATH" --save "$SAVE_PATH" \
+    "${tokenizer[@]}" --load "$SAVE_PATH" --pretrained-checkpoint "$LOAD_PATH" --save "$SAVE_PATH" \
     --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" \
     --train-iters "$TRAIN_ITERS" --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine \
     --lr-warmup-iters "$LR_WARMUP_ITERS" --weight-decay "$WEIGHT_DECAY" --clip-grad "$CLIP_GRAD" \

@@ -19,8 +19,7 @@ say "1/9 text: Python's standard library as tokens"
 "$PYTHON" "$ROOT/assets/make_tiny_llama.py" --data-only "$RUNS/data"
 for part in train valid; do
     "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$RUNS/data/$part.jsonl" --output-prefix "$RUNS/data/$part" \
-        --tokenizer-type Llama2Tokenizer --tokenizer-model "$ROOT/assets/tiny-llama/tokenizer.model" --append-eod \
-        --workers 2
+        --load "$ROOT/assets/tiny-llama" --append-eod --workers 2
 done
 
 say "2/9 convert: Hugging Face -> Megatron, tensor parallel $TP"

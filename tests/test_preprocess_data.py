@@ -136,8 +136,10 @@ def test_empty_or_missing_input_and_unknown_tokenizer_are_refused(tmp_path: Path
         tool.main(command([blank], tmp_path / "p", model))
     with pytest.raises(ValueError, match=r"none\.jsonl is not a file"):
         tool.main(command([tmp_path / "none.jsonl"], tmp_path / "p", model))
-    with pytest.raises(ValueError, match=r"cannot build the tokenizer of .*nowhere\.model"):
+    with pytest.raises(ValueError, match=r"--tokenizer-model .*nowhere\.model: no such file"):
         tool.main(command([blank], tmp_path / "p", tmp_path / "nowhere.model"))
+    with pytest.raises(ValueError, match=r"cannot build the tokenizer of .*blank\.jsonl: "):
+        tool.main(command([blank], tmp_path / "p", blank))
     assert not list(tmp_path.glob("*p_text*"))
 
 

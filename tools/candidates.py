@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.pruning.model.axes import PRUNABLE
+from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.plan.report import table
 from megatron.pruning.plan.shapes import Shape
 from megatron.pruning.storage.processes import count
 from megatron.pruning.storage.small_files import replace_durably
+from megatron.pruning.training.tokenizer import name_tokenizer
 
 STEPS = 200
 _SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "check_model.sh"
@@ -26,21 +28,20 @@ _HANDED_ON = (
 ).split()
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError unless the flags name text to train on and a tokenizer, and this is a single process."""
+def check(args: argparse.Namespace, parent: Checkpoint) -> None:
+    """Raise ValueError unless the flags name text to train on, there is a tokenizer, and this is a single process."""
     if args.candidates < 2:
         raise ValueError(f"--candidates {args.candidates}: at least two shapes can be compared")
     if count() > 1:
         raise ValueError("--candidates starts the training processes by itself: run it with plain python")
     if not (args.data_path or (args.train_data_path and args.valid_data_path)):
         raise ValueError("--candidates needs text: give --data-path PREFIX, or --train-data-path and --valid-data-path")
-    if not args.tokenizer_model:
-        raise ValueError("--candidates needs the tokenizer that made the text: give --tokenizer-model")
     for flag, given in (("--plan-only", args.plan_only), ("--shape", args.shape is not None)):
         if given:
             raise ValueError(f"--candidates measures shapes and {flag} decides for one: leave one of them out")
     if args.train_iters is not None and not (args.train_iters.isdecimal() and int(args.train_iters) > 1):
         raise ValueError(f"--train-iters {args.train_iters} is not a whole number from 2 on")
+    name_tokenizer(argparse.Namespace(**vars(args)), {"--load": parent.tokenizer_folder})
 
 
 def measure(

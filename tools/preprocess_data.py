@@ -1,13 +1,13 @@
 """Turn JSON lines into the token files that Megatron trains on.
 
-    python tools/preprocess_data.py --input train.jsonl --output-prefix DATA/train --append-eod \\
-        --tokenizer-type Llama2Tokenizer --tokenizer-model MODEL/tokenizer.model --workers 8
+    python tools/preprocess_data.py --input train.jsonl --output-prefix DATA/train --append-eod --load MODEL --workers 8
 
     python tools/preprocess_data.py --input a.jsonl b.jsonl --output-prefix DATA/all --append-eod \\
-        --tokenizer-type HuggingFaceTokenizer --tokenizer-model MODEL
+        --tokenizer-model OTHER/tokenizer.model
 
     python pretrain_gpt.py --train-data-path DATA/train_text_document ...
 
+--load names the checkpoint that is to read the text, of any format: the tokenizer is the one that goes with it.
 Each line is an object with a string under "text" (--json-keys names others, each gets files of its own). Written are
 PREFIX_text_document.bin, the token ids one document after another, and .idx, the lengths (the format of
 megatron.core.datasets.indexed_dataset). Tokens and their order do not depend on --workers. A line that cannot be read
@@ -17,6 +17,7 @@ instead. Existing output of the same name is replaced, by a rename at the end.
 
 import argparse
 import json
+import logging
 import multiprocessing
 import signal
 import sys
@@ -32,9 +33,11 @@ import numpy as np
 
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive
+from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.storage.progress import Progress
 from megatron.pruning.storage.small_files import alone_at, is_text, new_file_beside
 from megatron.pruning.training.quiet import quiet_imports
+from megatron.pruning.training.tokenizer import TIKTOKEN, build_tokenizer, name_tokenizer
 
 TOKENIZER_TYPES = (
     "Llama2Tokenizer SentencePieceTokenizer GPTSentencePieceTokenizer HuggingFaceTokenizer GPT2BPETokenizer "
@@ -77,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     if not total_bytes:
         raise ValueError(f"--input {' '.join(args.input)} is empty")
 
-    tokenizer = build_tokenizer(args)
+    tokenizer = tokenizer_of(args)
     if args.append_eod:
         require_eod(tokenizer, args)
     with quiet_imports():
@@ -118,9 +121,10 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     data.add_argument("--skip-bad-lines", action="store_true", help="report and skip what cannot be read")
     data.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that tokenize (default: 1)")
-    tokens = parser.add_argument_group("tokenizer, as Megatron's training names it")
-    tokens.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES, help="kind of tokenizer")
-    tokens.add_argument("--tokenizer-model", metavar="PATH", help="a file or a folder, whichever the type wants")
+    tokens = parser.add_argument_group("tokenizer", "of a checkpoint, or another, as Megatron's training names it")
+    tokens.add_argument("--load", type=Path, metavar="DIR", help="checkpoint whose tokenizer is taken")
+    tokens.add_argument("--tokenizer-model", metavar="PATH", help="instead: the file or the folder of a tokenizer")
+    tokens.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="kind of tokenizer (default: by its files)")
     tokens.add_argument("--vocab-file", metavar="FILE", help="file of GPT2BPETokenizer")
     tokens.add_argument("--merge-file", metavar="FILE", help="file of GPT2BPETokenizer")
     tokens.add_argument("--vocab-size", type=int, metavar="N", help="vocabulary of NullTokenizer and TikTokenizer")
@@ -128,14 +132,20 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_tokenizer(args: argparse.Namespace) -> Any:
+def tokenizer_of(args: argparse.Namespace) -> Any:
     """Return Megatron's tokenizer for these flags, with the defaults of Megatron's training for all others.
 
-    Raises ValueError when Megatron cannot build it.
+    Without a type it is found, in place, by the file, the folder or the checkpoint that is named. Raises ValueError
+    when there is none, or Megatron cannot build it.
     """
-    with quiet_imports():
-        from megatron.core.tokenizers.utils import build_tokenizer as megatron
-
+    vocabulary, places = None, {}
+    if args.load is not None:
+        checkpoint = open_checkpoint(args.load)
+        vocabulary = checkpoint.config.vocab_size if checkpoint.vocab_is_known else None
+        places = {"--load": checkpoint.tokenizer_folder}
+    name_tokenizer(args, places)
+    if args.tokenizer_type == TIKTOKEN:
+        args.vocab_size = args.vocab_size or vocabulary
     stock = argparse.Namespace(
         rank=0,
         pad_vocab_size=False,
@@ -154,11 +164,10 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
             if name.startswith(("tokenizer_", "vocab_", "merge_", "tik"))
         },
     )
-    try:
-        return megatron.build_tokenizer(stock)
-    except Exception as error:
-        what = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
-        raise ValueError(f"cannot build the tokenizer of {what}: {error}") from error
+    tokenizer = build_tokenizer(stock, vocabulary)
+    # A document may have more tokens than the model reads at once: of that transformers warns.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return tokenizer
 
 
 def require_eod(tokenizer: Any, args: argparse.Namespace) -> None:
@@ -269,7 +278,7 @@ def _start_worker(args: argparse.Namespace, tokenizer: Any = None) -> None:
     if multiprocessing.parent_process():  # the terminal's Ctrl-C is the parent's to answer
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _worker = _Worker(tokenizer or build_tokenizer(args), args.json_keys, args.append_eod)
+    _worker = _Worker(tokenizer or tokenizer_of(args), args.json_keys, args.append_eod)
 
 
 def _encode_chunk(lines: tuple[Line, ...]) -> list[Encoded]:

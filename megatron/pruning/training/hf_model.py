@@ -3,16 +3,15 @@
 transformers is never given a checkpoint's own directory: its config.json may name code to run.
 """
 
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.pruning.formats.huggingface import CONFIG_FILE
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.hf_config import config_to_hf, hf_export_problem
 from megatron.pruning.storage.dtypes import TORCH_NAMES
-from megatron.pruning.storage.small_files import as_json, write_durably
+from megatron.pruning.storage.small_files import as_json
 from megatron.pruning.storage.views import cast, read_all
+from megatron.pruning.training.tokenizer import folder_of
 
 if TYPE_CHECKING:  # torch and transformers take seconds, and who has text in tokens needs neither
     from transformers import PreTrainedModel
@@ -46,10 +45,8 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in checkpoint.carried_files().items():
-            write_durably(Path(folder, name), content)
-        write_durably(Path(folder, CONFIG_FILE), as_json(config_to_hf(checkpoint.config, checkpoint.dtype)))
+    config = {CONFIG_FILE: as_json(config_to_hf(checkpoint.config, checkpoint.dtype))}
+    with folder_of(checkpoint.carried_files() | config) as folder:
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:

@@ -23,7 +23,7 @@ from megatron.core.datasets import utils as dataset_utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training import checkpointing, get_args, initialize, training
+from megatron.training import checkpointing, get_args, global_vars, initialize, training
 
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.adam_steps import loading_steps
@@ -48,6 +48,12 @@ def while_parsing(argv: Sequence[str]) -> list[Patch]:
     """Return the row that holds while Megatron parses the command line `argv`, which is without the program's name."""
     why = "Megatron's parse_args takes no command line: it reads that of the process."
     return [Patch(sys, "argv", [sys.argv[0], *argv], why)]
+
+
+def while_publishing(tokenizer: Any) -> list[Patch]:
+    """Return the row that holds while Megatron makes its arguments global, and would build a tokenizer by them."""
+    why = "Megatron says what is wrong with a tokenizer after 900 lines of arguments: it has been built before."
+    return [Patch(global_vars, "build_tokenizer", lambda args: tokenizer, why)]
 
 
 def while_training(args: argparse.Namespace, config: TransformerConfig) -> list[Patch]:
