@@ -1,11 +1,12 @@
 # Sourced by every script after its settings: the Python to use, and how processes are started.
 #
 #   PYTHON         an interpreter that has everything (default: .venv, which scripts/setup.sh makes)
+#   SETUP          --or-light where a script needs no torch, so that what `setup.sh --light` made will do
 #   GPUS_PER_NODE  processes on this machine; NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT as torchrun means them
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ]; then
-    bash "$ROOT/scripts/setup.sh"
+    bash "$ROOT/scripts/setup.sh" ${SETUP:+"$SETUP"}
     PYTHON=$ROOT/.venv/bin/python
 fi
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
@@ -34,7 +35,12 @@ words() {
 count_gpus() {
     # Asking torch takes seconds, and without a device there is nothing to ask. (In a container nvidia-smi may be missing.)
     compgen -G '/dev/nvidia[0-9]*' >/dev/null || command -v nvidia-smi >/dev/null || { echo 0; return; }
+    has_module torch || { echo 0; return; }
     "$PYTHON" -c 'from megatron.pruning.training import cpu_device; print(cpu_device.count_gpus())'
+}
+
+has_module() {
+    "$PYTHON" -c "from importlib.util import find_spec; raise SystemExit(not find_spec('$1'))"
 }
 
 # Whether Megatron finds the fused Adam of TransformerEngine or of NVIDIA's apex.
@@ -50,6 +56,8 @@ launch() {
         "$PYTHON" "$@"
         return
     fi
+    has_module torch || die "several processes meet through torch, which is not installed: bash scripts/setup.sh, or" \
+        "run one process"
     local where=(--standalone)
     if [ "${NNODES:-1}" != 1 ]; then
         where=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-localhost}"

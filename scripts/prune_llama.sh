@@ -29,6 +29,7 @@ PRUNE_TYPE=${PRUNE_TYPE:-} # balance (also when empty) or unbalance
 DATA_PATH=${DATA_PATH:-} # text to learn from: .bin/.idx prefix, or "weight prefix weight prefix ..."; empty: only cut
 GPUS_PER_NODE=${GPUS_PER_NODE:-1} # processes that share the writing, and the text
 
+SETUP=$([ -n "$DATA_PATH" ] || echo --or-light) # who only cuts needs no torch
 source "$HERE/scripts/common.sh"
 remain=()
 [ -n "${HIDDEN_SIZE_REMAIN:-}" ] && remain+=(--hidden_size_remain "$HIDDEN_SIZE_REMAIN")

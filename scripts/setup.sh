@@ -3,6 +3,7 @@
 #
 #   bash scripts/setup.sh                         # finds a Python 3.12 or newer
 #   PYTHON_BIN=/opt/python3.12 bash scripts/setup.sh
+#   bash scripts/setup.sh --light                 # without torch: enough to prune and convert (about 0.1 GB)
 #
 # Where PYTHON_BIN (or python3) has torch and TransformerEngine, as in NVIDIA's containers, .venv sees its packages and
 # gets only what is missing: that torch, and what is compiled for it, stay as they are.
@@ -12,8 +13,25 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 STAMP=$VENV/.installed
 
-wanted=$(cksum <"$ROOT/requirements.txt")
-if [ -x "$VENV/bin/python" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$wanted $ROOT" ]; then
+wanted="$(cksum <"$ROOT/requirements.txt") $ROOT"
+light=     # --light: to install no more than that
+light_does= # --or-light, as the scripts that need no torch say: whichever is there does
+case ${1:-} in
+    --light) light=1 light_does=1 ;;
+    --or-light) light_does=1 ;;
+    ?*)
+        echo "error: $1: the only flag is --light" >&2
+        exit 2
+        ;;
+esac
+
+is_up_to_date() {
+    local stamp
+    stamp=$(cat "$STAMP" 2>/dev/null) || return 1
+    [ -x "$VENV/bin/python" ] && { [ "$stamp" = "$wanted" ] || [ "$light_does $stamp" = "1 light $wanted" ]; }
+}
+
+if is_up_to_date; then
     exit 0
 fi
 
@@ -36,7 +54,7 @@ if [ -z "$python" ]; then
     echo "error: no Python 3.12 or newer was found: install one, or name it with PYTHON_BIN=/path/to/python" >&2
     exit 1
 fi
-if is_new_enough "${PYTHON_BIN:-python3}" && has_gpu_packages "${PYTHON_BIN:-python3}"; then
+if [ -z "$light" ] && is_new_enough "${PYTHON_BIN:-python3}" && has_gpu_packages "${PYTHON_BIN:-python3}"; then
     python=${PYTHON_BIN:-python3} beside=1
 fi
 
@@ -48,6 +66,12 @@ install_beside() {
         --requirement "$VENV/missing.txt" --editable "$ROOT[train]"
 }
 
+install_light() {
+    "$python" -m venv "$VENV"
+    sed 's/\[[a-z]*\]//' "$ROOT/requirements.txt" >"$VENV/constraints.txt" # constraints have no extras
+    "$VENV/bin/python" -m pip install --quiet --constraint "$VENV/constraints.txt" --editable "$ROOT"
+}
+
 install_all() {
     "$python" -m venv "$VENV"
     "$VENV/bin/python" -m pip install --quiet --requirement "$ROOT/requirements.txt"
@@ -57,13 +81,15 @@ install_all() {
 (
     # Two scripts started at once must not install into each other.
     if command -v flock >/dev/null; then flock 9; fi
-    [ "$(cat "$STAMP" 2>/dev/null)" = "$wanted $ROOT" ] && exit 0
-    if [ -n "$beside" ]; then
+    is_up_to_date && exit 0
+    if [ -n "$light" ]; then
+        echo "setting up $VENV with $("$python" --version), for pruning and converting alone (about 0.1 GB)"
+    elif [ -n "$beside" ]; then
         echo "setting up $VENV beside the torch and TransformerEngine of $("$python" --version) (a few minutes)"
     else
         echo "setting up $VENV with $("$python" --version) (about 5 GB, a few minutes)"
     fi
     rm -f "$STAMP"
-    if [ -n "$beside" ]; then install_beside; else install_all; fi
-    echo "$wanted $ROOT" >"$STAMP"
+    if [ -n "$light" ]; then install_light; elif [ -n "$beside" ]; then install_beside; else install_all; fi
+    echo "${light:+light }$wanted" >"$STAMP"
 ) 9>"$ROOT/.setup.lock"

@@ -12,6 +12,7 @@ TP=${TP:-1}
 PP=${PP:-1}
 GPUS_PER_NODE=${GPUS_PER_NODE:-1} # processes that share the writing; no GPU is used
 
+SETUP=--or-light
 source "$HERE/scripts/common.sh"
 launch "$GPUS_PER_NODE" "$ROOT/tools/checkpoint_conversion/convert.py" \
     --load "$LOAD_PATH" --save "$SAVE_PATH" --format torch \

@@ -128,7 +128,10 @@ def flags() -> set[str]:
     programs = [*ROOT.glob("*.py"), *(ROOT / "megatron").rglob("*.py")]
     programs += [*(ROOT / "tools").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     found = {flag for program in programs for flag in re.findall(r'"(--[a-z][a-z-]+)"', text_of(program))}
-    return found | set(megatron_flags()) | {"--nproc-per-node", "--help"}
+    scripts = {
+        flag for script in (ROOT / "scripts").glob("*.sh") for flag in re.findall(r"(--[a-z-]+)\)", text_of(script))
+    }
+    return found | scripts | set(megatron_flags()) | {"--nproc-per-node", "--help"}
 
 
 @pytest.mark.parametrize("file", BOTH, ids=name_of)

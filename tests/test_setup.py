@@ -40,10 +40,10 @@ def clone(tmp_path: Path) -> Path:
     return clone
 
 
-def setup(clone: Path) -> str:
+def setup(clone: Path, *flags: str) -> str:
     """Run setup.sh in the clone with the Python of `site`, and return what it says."""
-    python = clone.parent / "site/bin/python"
-    done = run("bash", str(clone / "scripts/setup.sh"), PYTHON_BIN=python, PIP_CONSTRAINT="/etc/pip/constraint.txt")
+    python, script = clone.parent / "site/bin/python", str(clone / "scripts/setup.sh")
+    done = run("bash", script, *flags, PYTHON_BIN=python, PIP_CONSTRAINT="/etc/pip/constraint.txt")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -75,3 +75,15 @@ def test_the_environment_sees_the_packages_of_the_container_and_stays(clone: Pat
     found = subprocess.check_output([str(clone / ".venv/bin/python"), "-c", program], text=True)
     assert all(Path(file).is_relative_to(clone.parent / "site") for file in found.split())
     assert setup(clone) == "", "the second time there is nothing to do"
+
+
+def test_what_is_enough_to_prune_is_kept_until_more_is_needed(clone: Path) -> None:
+    setup(clone)
+    stamp = clone / ".venv/.installed"
+    full = stamp.read_text()
+    assert setup(clone, "--light") == setup(clone, "--or-light") == "", "all of it is enough, too"
+    stamp.write_text(f"light {full}")
+    assert setup(clone, "--light") == setup(clone, "--or-light") == ""
+    assert "setting up" in setup(clone) and stamp.read_text() == full
+    done = run("bash", str(clone / "scripts/setup.sh"), "--lite")
+    assert done.returncode == 2 and done.stderr == "error: --lite: the only flag is --light\n"

@@ -13,6 +13,7 @@ TP=${TP:-} # empty: 2, to show tensor parallelism, or 1 where there is one GPU t
 PP=${PP:-1}
 GPUS_PER_NODE=${GPUS_PER_NODE:-1} # processes that share the writing; no GPU is used
 
+SETUP=--or-light
 source "$HERE/scripts/common.sh"
 [ -n "$TP" ] || TP=$([ "$(count_gpus)" = 1 ] && echo 1 || echo 2)
 launch "$GPUS_PER_NODE" "$ROOT/tools/checkpoint_conversion/convert.py" \

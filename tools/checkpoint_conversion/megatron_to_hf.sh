@@ -11,6 +11,7 @@ MEGATRON_FORMAT_DIR=${MEGATRON_FORMAT_DIR:-${RUNS:-$HERE/runs}/recovered-tp1}
 HF_FORMAT_DIR=${HF_FORMAT_DIR:-${RUNS:-$HERE/runs}/recovered-hf}
 GPUS_PER_NODE=${GPUS_PER_NODE:-1} # processes that share the writing; no GPU is used
 
+SETUP=--or-light
 source "$HERE/scripts/common.sh"
 launch "$GPUS_PER_NODE" "$ROOT/tools/checkpoint_conversion/convert.py" \
     --load "$MEGATRON_FORMAT_DIR" --save "$HF_FORMAT_DIR" --format hf "$@"

@@ -11,6 +11,7 @@ from megatron.pruning.storage.processes import World, count, is_first_here, rank
 
 ANOTHER_SPEAKS = 10.0  # seconds that the other processes of a machine give its first
 ENDING = (signal.SIGTERM, signal.SIGHUP)
+_EXTRA = ("torch", "transformers", "megatron", "sentencepiece", "psutil")  # of who does more than prune and convert
 
 
 def run(main: Callable[[Sequence[str]], None], left: str = "nothing was left behind") -> None:
@@ -23,6 +24,10 @@ def run(main: Callable[[Sequence[str]], None], left: str = "nothing was left beh
             signal.signal(number, _end_by_signal)
     try:
         main(sys.argv[1:])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        _end(f'this needs {error.name}, which is not installed: bash scripts/setup.sh, or pip install ".[train]"', 1)
     except ValueError as error:
         if count() > 1 and not is_first_here() and not World.joined:
             _let_another_speak()
