@@ -15,7 +15,7 @@ import argparse
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.cli.speech import add_speech_flags, speaking
 from megatron.pruning.formats import open_checkpoint
-from megatron.pruning.plan.report import table
 from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.small_files import replace_durably
 from megatron.pruning.training.tokens import windows
@@ -72,14 +71,18 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def result_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return one line a checkpoint and a column a figure."""
-    shown: dict[str, Callable[[Any], str]] = {
-        "path": str, "parameters": "{:,}".format, "perplexity": "{:.2f}".format
-    }  # fmt: skip
-    rows = [["checkpoint", *list(results[0])[1:]]]
-    rows += [[shown.get(name, "{:.4f}".format)(value) for name, value in result.items()] for result in results]
-    return table(rows)
+_SHOWN = {"parameters": "{:,}", "perplexity": "{:.2f}"}  # all else has four digits
+_NARROWEST = 14  # columns of a figure: those of 70B parameters
+
+
+def row(result: Mapping[str, Any], paths: Sequence[Path], heading: bool = False) -> str:
+    """Return the line of a checkpoint in the table of those at `paths`, or the table's heading."""
+    path, *figures = result
+    longest = max(len(str(path)) for path in ("checkpoint", *paths))
+    cells = figures if heading else [_SHOWN.get(name, "{:.4f}").format(result[name]) for name in figures]
+    widths = [max(len(name), _NARROWEST) for name in figures]
+    first = "checkpoint" if heading else result[path]
+    return "  ".join([first.ljust(longest), *(cell.rjust(n) for cell, n in zip(cells, widths, strict=True))])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -123,8 +126,10 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             result["perplexity"] = math.exp(result["loss"])
         if args.tasks:
             result |= task_scores(checkpoint, model, args.tasks, args.task_folder, args.batch_size, args.limit)
+        if not results:
+            print(row(result, args.load, heading=True))
+        print(row(result, args.load), flush=True)
         results.append(result)
-    print(result_table(results))
     if file:
         replace_durably(file, (json.dumps(results, indent=1) + "\n").encode())
     return results

@@ -1,14 +1,13 @@
 """What a model is worth: its loss on text, and what lm-evaluation-harness measures."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.storage.progress import Progress
 from megatron.pruning.training.hf_model import tokenizer_of
 from megatron.pruning.training.tokens import Tokens
 
@@ -30,11 +29,13 @@ def device_named(name: str | None) -> str:
 def loss(model: PreTrainedModel, data: Tokens, batch: int, name: str) -> float:
     """Return the mean cross entropy in nats over every token but the first of each window, `[windows, tokens]`."""
     total = 0.0
-    batches = torch.split(torch.from_numpy(data), batch)
-    for part in tqdm(batches, desc=name, leave=False, disable=not sys.stderr.isatty()):
+    progress = Progress(f"reading with {name}", len(data), show=True, unit="windows")
+    for part in torch.split(torch.from_numpy(data), batch):
         part = part.to(model.device)
         logits = model(part[:, :-1]).logits.float()
         total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+        progress.advance(len(part))
+    progress.close()
     return total / data[:, 1:].size
 
 
