@@ -39,6 +39,10 @@ RUN_ELSEWHERE = {
     "bash scripts/test.sh": "continuous integration runs it",
 }
 
+# Flags of docker, of Slurm with pyxis and of apptainer.
+OF_CONTAINERS = {"--rm", "--gpus", "--ipc", "--tag", "--nv"}
+OF_CONTAINERS |= {"--container-image", "--container-mounts", "--container-workdir"}
+
 LINK = r"!?\[[^\]]*\]\(([^)]+)\)"
 CODE = r"`([^`\n]+)`"
 
@@ -131,7 +135,7 @@ def flags() -> set[str]:
     scripts = {
         flag for script in (ROOT / "scripts").glob("*.sh") for flag in re.findall(r"(--[a-z-]+)\)", text_of(script))
     }
-    return found | scripts | set(megatron_flags()) | {"--nproc-per-node", "--help"}
+    return found | scripts | set(megatron_flags()) | {"--nproc-per-node", "--help"} | OF_CONTAINERS
 
 
 @pytest.mark.parametrize("file", BOTH, ids=name_of)

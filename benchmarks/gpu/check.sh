@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Checks this project on the GPU of this machine, in about a quarter of an hour: that it computes there what it computes
-# on the CPU, that training resumes as if it had not ended, and how fast a model of 1.1B parameters trains.
+# Checks this project on the GPU of this machine: that it computes there what it computes on the CPU, that training
+# resumes as if it had not ended, and how fast a model of 1.1B parameters trains.
 #
 #   bash benchmarks/gpu/check.sh
 #   bash benchmarks/gpu/check.sh --only first-losses speed     # some of the checks; --help names them
