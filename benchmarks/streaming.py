@@ -3,6 +3,9 @@
     # 1.1B, about 7 GB of disk: a table, the results, and the picture of docs/en/performance.md
     python benchmarks/streaming.py --figure assets/streaming.png
 
+    # that picture again, of results that are there
+    python benchmarks/streaming.py --results benchmarks/results/streaming-1.1b.json --figure assets/streaming.png
+
     # Llama-2 7B, about 42 GB of disk; some operations only
     python benchmarks/streaming.py --size 7b --cases "prune hf" "reshard torch tp1 to tp4"
 
@@ -20,6 +23,7 @@ the names of FIGURES and the number of `rounds`. A figure that was not measured 
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -27,9 +31,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from experiment import environment
@@ -300,26 +305,33 @@ def rows(results: Sequence[Result]) -> list[Sequence[str]]:
     return shown
 
 
-def draw(results: Sequence[Result], title: str, path: Path) -> None:
-    """Write a picture of the median times: ours, cp, cp + fsync, by hand."""
+BARS = {
+    "seconds": "this project, with fsync",
+    "copy_seconds": "cp of the output",
+    "durable_copy_seconds": "cp + fsync",
+    "by_hand_seconds": "by hand: load, index_select, save",
+}
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Write a picture of the median times of results, of those BARS that were measured."""
     from matplotlib.figure import Figure
 
-    bars = {
-        "this project (durable)": [[c.wall for c in r.ours] for r in results],
-        "cp of the output": [r.copy for r in results],
-        "cp + fsync": [r.durable_copy for r in results],
-        "load, index_select, save": [[c.wall for c in r.peer] for r in results],
-    }
-    figure = Figure(figsize=(9, 0.75 * len(results) + 1.2), layout="constrained")
+    cases = results["cases"]
+    bars = [name for name in BARS if any(name in case for case in cases.values())]
+    width = 0.8 / len(bars)
+    figure = Figure(figsize=(9, (0.25 * len(bars) + 0.1) * len(cases) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    for i, (name, rounds) in enumerate(bars.items()):
-        where = [row + 0.2 * i for row, times in enumerate(rounds) if times]
-        axes.barh(where, [statistics.median(times) for times in rounds if times], 0.19, label=name)
-    axes.set_yticks([row + 0.3 for row in range(len(results))], [r.case.name for r in results])
+    for i, name in enumerate(bars):
+        times = {row + width * i: case[name] for row, case in enumerate(cases.values()) if name in case}
+        drawn = axes.barh(list(times), list(times.values()), 0.95 * width, label=BARS[name])
+        axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=9)
+    axes.set_yticks([row + width * (len(bars) - 1) / 2 for row in range(len(cases))], list(cases))
     axes.invert_yaxis()
+    axes.margins(x=0.08)
     axes.set_xlabel("seconds (median)")
-    axes.set_title(title)
-    axes.legend()
+    axes.set_title(f"{results['model'].upper()} bf16, {results['machine']}")
+    figure.legend(loc="outside lower center", ncols=len(bars), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
@@ -333,6 +345,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--no-peers", action="store_true", help="leave out the ways by hand")
     parser.add_argument("--work-dir", type=Path, help="where the checkpoints lie meanwhile (default: the system's)")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="write a picture")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="draw these results, and measure nothing")
     parser.add_argument(
         "--json",
         type=Path,
@@ -340,6 +353,15 @@ def main(argv: Sequence[str]) -> None:
         help="where the results are written (default: benchmarks/results/streaming-SIZE.json; with --cases: nowhere)",
     )
     args = parser.parse_args(argv)
+    if args.results is not None and args.figure is None:
+        parser.error("--results needs --figure: where the picture is written")
+    results = json.loads(args.results.read_text()) if args.results is not None else measure_all(args)
+    if args.figure is not None:
+        draw(results, args.figure)
+
+
+def measure_all(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what was asked for, print and write it; return the results as they are in the file."""
     cases = [case for case in CASES if case.name in (args.cases or [case.name])]
     if args.work_dir is not None:
         args.work_dir.mkdir(parents=True, exist_ok=True)
@@ -352,14 +374,13 @@ def main(argv: Sequence[str]) -> None:
             results.append(bench.run_sparse(case) if bench.sparse else bench.run(case))
             print("  ".join(rows(results[-1:])[-1]), file=sys.stderr, flush=True)
     print(table(rows(results)))
+    measured = {r.case.name: {"rounds": len(r.ours), **figures(r)} for r in results}
+    machine = f"{len(os.sched_getaffinity(0))} CPU cores"
+    whole = {"benchmark": "streaming", "model": args.size, "machine": machine, "cases": measured}
     file = args.json or (None if args.cases else RESULTS / f"streaming-{args.size}.json")
     if file is not None:
-        measured = {r.case.name: {"rounds": len(r.ours), **figures(r)} for r in results}
-        machine = f"{len(os.sched_getaffinity(0))} CPU cores"
-        whole = {"benchmark": "streaming", "model": args.size, "machine": machine, "cases": measured}
         write_durably(file, as_json(whole))
-    if args.figure is not None:
-        draw(results, f"{args.size.upper()} bf16, {os.cpu_count()} cores", args.figure)
+    return whole
 
 
 if __name__ == "__main__":
