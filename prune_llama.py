@@ -301,14 +301,14 @@ def show(args: argparse.Namespace, plan: Plan, parent: Checkpoint, pruned: Check
 
 
 def write_plan(save: Path, plan: Plan) -> None:
-    """Write the plan beside `save` and, where matplotlib is installed, a map of what it keeps."""
+    """Write the plan beside `save` and, where matplotlib is installed, a picture of it."""
     save = absolute(save)
     file, picture = (save.with_name(f"{save.name}.{name}") for name in (PLAN_FILE, "prune_plan.png"))
     replace_durably(file, plan.to_json().encode())
     print(f"plan: {file} (apply it with --plan {file})")
     if importlib.util.find_spec("matplotlib"):
         replace_durably(picture, plan_figure(plan))
-        print(f"map:  {picture}")
+        print(f"picture: {picture}")
 
 
 def absolute(save: Path) -> Path:

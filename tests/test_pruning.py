@@ -47,7 +47,9 @@ WIDTHS = {  # what remains of each of SHAPES: every axis but the hidden size, wh
 
 
 # What plans of the first release lack.
-ADDED_TO_PLANS = ("made_by", "layer_criterion", "scores", "importance_kept", "balance_tax", "norm_gains")
+ADDED_TO_PLANS = (
+    "made_by", "layer_criterion", "scores", "importance_kept", "balance_tax", "block_influence", "norm_gains"
+)  # fmt: skip
 
 
 def test_every_weight_keeps_exactly_the_chosen_coordinates(llama: Path, tmp_path: Path) -> None:
@@ -172,6 +174,9 @@ def test_plan_is_refused_on_another_parent_and_when_tampered_with(gqa: Path, tmp
         (lambda c: c["parent"].update(heads=10**12, groups=10**12), "must be of layers, hidden, .* from 1 to 16777216"),
         (lambda c: c["parent"].update(groups=16), "8 heads are no multiple of its 16 groups"),
         (lambda c: c.update(importance_kept={"hidden": []}), "must be numbers by axis"),
+        (lambda c: c.update(balance_tax={"ffn": [0.1] * 3}), "one for each kept layer .* 'ffn' has 3"),
+        (lambda c: c.update(block_influence=[0.1] * 3), "block_influence must be 4 numbers up to 2"),
+        (lambda c: c.update(block_influence=[1e300] * 4), "block_influence must be 4 numbers up to 2"),
         (lambda c: c.update(layer_criterion="\x1b]0;"), "is none of None, spaced"),
         (lambda c: c.update(tensor_parallel=-1), "tensor_parallel: expected `int` >= 1"),
         (lambda c: c.update(norm_gains=[1e300] * 9), "norm_gains must be 9 positive numbers"),

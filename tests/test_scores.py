@@ -178,6 +178,7 @@ def test_activation_keeps_what_scores_highest_and_says_what_that_is_worth(folder
         assert plan.evidence.balance_tax["ffn"][layer] == pytest.approx(1 - kept / anywhere, abs=1e-6)
         assert plan.evidence.importance_kept["ffn"][layer] == pytest.approx(kept / ffn.sum(), abs=1e-6)
     assert max(plan.evidence.balance_tax["ffn"]) > 0
+    assert plan.evidence.block_influence == pytest.approx(read(scores).block_influence, abs=1e-6)
     again = prune(
         folder / "gqa", tmp_path / "q", "--plan", str(tmp_path / "p/prune_plan.json"), "--scores", str(scores)
     )

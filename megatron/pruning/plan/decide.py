@@ -104,6 +104,7 @@ def decide(request: PruneRequest, parent: Checkpoint, scores: Scores | None = No
             scores=scores.digest if scores else None,
             importance_kept=_by_layer(shares, kept, _share),
             balance_tax=_balance_tax(shares, kept) if blocks > 1 else {},
+            block_influence=tuple(np.round(scores.block_influence, 6).tolist()) if scores else (),
         ),
     )
 

@@ -1,79 +1,145 @@
-"""Pictures: what a plan keeps of every layer's heads and ffn and of the hidden size; what a reconstruction mended."""
+"""Pictures: what a plan keeps, by axis and by layer; what a reconstruction mended."""
 
+import functools
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.plan.choose import CRITERIA
 from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.reconstructed import Report
 
-_COLUMNS = 256  # at most: a wider axis is drawn as the share kept in each of so many bins
+_KEPT, _LOST, _DROPPED = "#6baed6", "tab:orange", "0.85"
 
 
 def plan_figure(plan: Plan) -> bytes:
-    """Return a PNG: a row for each of the parent's layers (dropped ones stay empty), a panel for each axis."""
+    """Return a PNG: what remains of each axis that is cut, and below it, by layer, what scores say of the choice.
+
+    These are block influence and, of every axis whose choice is each layer's own, the importance that is kept and that
+    is lost to balance. Dropped layers are grey. Where nothing is known by layer, a row says which layers remain.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sizes, layers = plan.parent_sizes, plan.parent_sizes["layers"]
-    panels = [("heads", plan.heads), ("groups", plan.groups), ("ffn", plan.ffn)]
-    if sizes["groups"] == sizes["heads"]:
-        del panels[1]  # each head is its own group
-    height = 1.6 + max(2.0, 0.12 * layers)
-    figure, grid = plt.subplots(
-        2, len(panels), figsize=(12, height), layout="constrained", height_ratios=[max(layers, 12), 1.5], squeeze=False,
-        width_ratios=[3.0 if axis == "ffn" else 1.0 for axis, _ in panels],
-    )  # fmt: skip
-    for axes, (axis, kept) in zip(grid[0], panels, strict=True):
-        rows = np.full((layers, min(sizes[axis], _COLUMNS)), np.nan)
-        for layer, index in zip(plan.layers, kept, strict=True):
-            rows[layer] = _share(index, sizes[axis])
-        image = axes.imshow(rows, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
-                            extent=(0, sizes[axis], layers - 0.5, -0.5))  # fmt: skip
-        axes.set(title=f"{axis}: {len(kept[0])} of {sizes[axis]}", ylabel="layer" if axis == "heads" else None)
-        axes.set_facecolor("0.85")
-        for block in range(1, plan.tensor_parallel):
-            axes.axvline(sizes[axis] * block / plan.tensor_parallel, color="white", linewidth=1)
-    _draw_hidden(figure, grid[1], plan)
-    figure.colorbar(image, ax=grid[0, -1], label="share kept")
-    criterion = plan.evidence.criterion
-    seed = f"seed {plan.evidence.seed}, " if CRITERIA[criterion].seeded else ""
-    figure.suptitle(
-        f"kept, {criterion} ({seed}{plan.prune_type} over {plan.tensor_parallel} tensor-parallel "
-        f"blocks); {len(plan.layers)} of {layers} layers"
-    )
+    evidence, parent = plan.evidence, plan.parent_sizes
+    cut = [axis for axis in PRUNABLE if plan.sizes[axis] != parent[axis]]
+    if parent["groups"] == parent["heads"] and "groups" in cut:
+        cut.remove("groups")  # each head is its own group
+    scored = [axis for axis in cut if AXIS[axis].per_layer and axis in evidence.importance_kept]
+    panels: list[tuple[float, Callable[[Any], None]]] = [  # height in inches, and what draws it
+        (0.35 * len(cut) + 0.2, lambda axes: _draw_sizes(axes, plan, cut))
+    ]
+    if evidence.block_influence:
+        panels.append((1.3, lambda axes: _draw_influence(axes, plan)))
+    panels += [(1.3, functools.partial(_draw_importance, plan=plan, axis=axis)) for axis in scored]
+    if len(panels) == 1 and "layers" in cut:
+        panels.append((0.4, lambda axes: _draw_layers(axes, plan)))
+    heights = [height for height, _ in panels]
+    figure, rows = plt.subplots(len(panels), figsize=(9, sum(heights) + 0.4 * len(heights) + 0.5), squeeze=False,
+                                layout="constrained", height_ratios=heights)  # fmt: skip
+    for axes, (_, draw) in zip(rows[:, 0], panels, strict=True):
+        draw(axes)
+    for axes in rows[1:, 0]:
+        _number_layers(axes, plan, last=axes is rows[-1, 0])
+    if plan.dropped_layers and len(panels) > 1:
+        rows[1, 0].set_title("grey: dropped", loc="right", fontsize=10, color="0.4")
+    words = [evidence.criterion]
+    if CRITERIA[evidence.criterion].seeded:
+        words.append(f"seed {evidence.seed}")
+    if evidence.layer_criterion:
+        words.append(f"layers by {evidence.layer_criterion}")
+    if plan.tensor_parallel > 1:
+        words.append(f"{plan.prune_type} over {plan.tensor_parallel} tensor-parallel blocks")
+    figure.suptitle(f"pruning plan: {', '.join(words)}", fontsize=12)
+    return _png(figure)
+
+
+def _draw_sizes(axes: Any, plan: Plan, cut: list[str]) -> None:
+    """Draw a bar for each axis that is cut, of the share that remains."""
+    for row, axis in enumerate(cut):
+        size, whole = plan.sizes[axis], plan.parent_sizes[axis]
+        axes.barh(row, size / whole, color=_KEPT)
+        axes.barh(row, 1 - size / whole, left=size / whole, color=_DROPPED)
+        text = f"{size:,} of {whole:,}"
+        if shares := plan.evidence.importance_kept.get(axis):
+            text += f", {np.mean(shares):.1%} of importance"
+        axes.text(0.01, row, text, va="center", fontsize=9)
+    axes.set(xlim=(0, 1), ylim=(max(len(cut), 1) - 0.5, -0.5), yticks=range(len(cut)), yticklabels=cut)
+    _in_percent(axes.xaxis)
+    axes.set_title("what remains", loc="left", fontsize=10)
+
+
+def _number_layers(axes: Any, plan: Plan, last: bool) -> None:
+    """Make the x axis one of the parent's layers, with the dropped ones in grey; the `last` panel has the numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(-0.5, plan.parent_sizes["layers"] - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, steps=[1, 2, 5, 10]))
+    axes.tick_params(labelbottom=last)
+    if last:
+        axes.set_xlabel("layer of the parent")
+    for layer in plan.dropped_layers:
+        axes.axvspan(layer - 0.5, layer + 0.5, color=_DROPPED, linewidth=0, zorder=0)
+
+
+def _draw_layers(axes: Any, plan: Plan) -> None:
+    """Draw which layers are kept."""
+    axes.bar(plan.layers, 1.0, color=_KEPT)
+    axes.set(ylim=(0, 1), yticks=[])
+    axes.set_title("layers kept", loc="left", fontsize=10)
+
+
+def _draw_influence(axes: Any, plan: Plan) -> None:
+    """Draw the block influence of the parent's layers; that of the first is often a hundred times that of others."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    influence = plan.evidence.block_influence
+    colors = np.where(np.isin(np.arange(len(influence)), plan.layers), _KEPT, "0.5")
+    axes.bar(range(len(influence)), influence, color=colors)
+    if min(influence) > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(10 ** np.floor(np.log10(min(influence))), 10 ** np.ceil(np.log10(max(influence))))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title("block influence: how much a layer changes what goes through it", loc="left", fontsize=10)
+
+
+def _draw_importance(axes: Any, plan: Plan, axis: str) -> None:
+    """Draw the share of an axis' importance that each layer keeps and, on top of it, what balance takes away."""
+    kept = np.array(plan.evidence.importance_kept[axis])
+    axes.bar(plan.layers, kept, color=_KEPT)
+    if axis in plan.evidence.balance_tax:
+        tax = np.array(plan.evidence.balance_tax[axis])
+        axes.bar(plan.layers, kept * tax / np.maximum(1 - tax, 1e-6), bottom=kept, color=_LOST)
+        axes.set_title(f"orange: balance tax, {tax.mean():.2%}", loc="right", fontsize=10, color=_LOST)
+    share = plan.sizes[axis] / plan.parent_sizes[axis]
+    axes.axhline(share, color="black", linestyle="--", linewidth=1)
+    told = f"importance kept of {axis}: {kept.mean():.1%} (dashed: share kept, {share:.0%})"
+    axes.set_title(told, loc="left", fontsize=10)
+    axes.set_ylim(0, 1)
+    _in_percent(axes.yaxis)
+
+
+def _in_percent(axis: Any) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _png(figure: Any) -> bytes:
+    """Return the figure's bytes; it is closed."""
+    import matplotlib.pyplot as plt
+
     out = BytesIO()
     figure.savefig(out, format="png", dpi=100)
     plt.close(figure)
     return out.getvalue()
-
-
-def _draw_hidden(figure: Any, row: Any, plan: Plan) -> None:
-    """Draw what is kept of the hidden size over the whole width of the figure's last row."""
-    below = row[0].get_gridspec()
-    for axes in row:
-        axes.remove()
-    size = plan.parent_sizes["hidden"]
-    hidden = figure.add_subplot(below[1, :])
-    share = _share(plan.hidden, size)[None]
-    hidden.imshow(share, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1,
-                  extent=(0, size, 0, 1))  # fmt: skip
-    hidden.set(title=f"hidden, in every layer: {len(plan.hidden)} of {size}", yticks=[])
-
-
-def _share(index: NDArray[np.intp], size: int) -> NDArray[np.float64]:
-    """Return the share of each of at most `_COLUMNS` equal bins of an axis that is kept."""
-    bins = min(size, _COLUMNS)
-    edges = np.arange(bins + 1) * size // bins
-    kept = np.diff(np.searchsorted(index, edges))
-    share: NDArray[np.float64] = kept / np.diff(edges)
-    return share
 
 
 # What is read off a report together: the weights of these names, and what they are called.
@@ -110,7 +176,4 @@ def report_figure(report: Report) -> bytes:
     losses = msgspec.structs.asdict(report.losses) if report.losses else {}
     told = "".join(f"; {loss:.3f} ({name})" for name, loss in losses.items())
     figure.suptitle(f"missed of what the parent has, on held-out text{told}")
-    out = BytesIO()
-    figure.savefig(out, format="png", dpi=100)
-    plt.close(figure)
-    return out.getvalue()
+    return _png(figure)

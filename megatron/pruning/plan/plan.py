@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from megatron.pruning import __version__
-from megatron.pruning.model.axes import AXIS, BLOCKS, PER_LAYER
+from megatron.pruning.model.axes import AXIS, BLOCKS, CHOSEN, PER_LAYER
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.choose import CRITERIA, CRITERION, LAYER_CRITERIA, SEED
@@ -36,7 +36,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     `layer_criterion` is None where the user named the layers, `scores` is the digest of a file that took part.
     `importance_kept` (share of the scores) and `balance_tax` (share lost to keeping the same number in every block) are
-    by axis and kept layer.
+    by axis and kept layer, `block_influence` is by layer of the parent, and empty without a file of scores.
     """
 
     criterion: str = CRITERION
@@ -45,6 +45,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     scores: str | None = None
     importance_kept: dict[str, tuple[float, ...]] = {}
     balance_tax: dict[str, tuple[float, ...]] = {}
+    block_influence: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ class _PlanFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     pruned: dict[str, int] = {}
     importance_kept: _Shares = {}
     balance_tax: _Shares = {}
+    block_influence: tuple[float, ...] = ()
     norm_gains: tuple[float, ...] = ()
     keep: _Keep
 
@@ -229,8 +231,14 @@ def _check_evidence(plan: Plan) -> None:
             raise ValueError(f"criterion {str(what)[:40]!r} is none of {', '.join(map(str, known))}")
     for shares in (evidence.importance_kept, evidence.balance_tax):
         for axis, values in shares.items():
-            if axis not in AXIS or not values:
-                raise ValueError(f"importance_kept and balance_tax must be numbers by axis, not {axis[:40]!r}")
+            if axis not in CHOSEN or len(values) != (len(plan.layers) if AXIS[axis].per_layer else 1):
+                raise ValueError(
+                    "importance_kept and balance_tax must be numbers by axis, one for each kept layer or for hidden: "
+                    f"{axis[:40]!r} has {len(values)}"
+                )
+    layers, influence = plan.parent_sizes["layers"], evidence.block_influence
+    if influence and (len(influence) != layers or not all(abs(value) <= 2 for value in influence)):
+        raise ValueError(f"block_influence must be {layers} numbers up to 2, one for each layer of the parent, or none")
 
 
 def check_layout(
