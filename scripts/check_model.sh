@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Continue pretraining a pruned checkpoint in the stock Megatron loop: on GPUs (nccl, bf16, TransformerEngine when it is
-# installed, what Megatron has for many of them) or without (gloo). Run it again to resume from SAVE_PATH, with the same
-# order of data.
+# Continue pretraining a checkpoint, Megatron's or Hugging Face's, in the stock Megatron loop: on GPUs (nccl, bf16,
+# TransformerEngine when it is installed, what Megatron has for many of them) or without (gloo). Run it again to resume
+# from SAVE_PATH, with the same order of data.
 #
 #   LOAD_PATH=llama-7b-tp8 SAVE_PATH=recovered DATA_PATH="0.7 pile_a_text_document 0.3 pile_b_text_document" \
 #   GPUS_PER_NODE=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 bash scripts/check_model.sh
@@ -26,7 +26,7 @@ if [ -z "${LOAD_PATH:-}" ]; then # the embedded model, pruned by scripts/prune_l
     EVAL_INTERVAL=${EVAL_INTERVAL:-50}
     LOG_INTERVAL=${LOG_INTERVAL:-10}
 fi
-LOAD_PATH=${LOAD_PATH:-$RUNS/pruned}      # the pruned checkpoint to start from
+LOAD_PATH=${LOAD_PATH:-$RUNS/pruned}      # the checkpoint to start from, Megatron's or Hugging Face's
 SAVE_PATH=${SAVE_PATH:-${CHECKPOINT_PATH:-$RUNS/recovered}} # where training saves, and resumes from
 DATA_PATH=${DATA_PATH:-}                       # .bin/.idx prefix, or "weight prefix weight prefix ..."
 VALID_DATA_PATH=${VALID_DATA_PATH:-}           # empty: SPLIT of DATA_PATH
@@ -63,10 +63,9 @@ source "$HERE/scripts/common.sh"
     die "LR_WARMUP_ITERS $LR_WARMUP_ITERS must be less than TRAIN_ITERS $TRAIN_ITERS"
 
 # The model's own flags, a word a line: Python makes them from the checkpoint, of which nothing is read here.
-words=$("$PYTHON" "$ROOT/tools/show_checkpoint.py" "$LOAD_PATH" --megatron-flags)
+words=$("$PYTHON" "$ROOT/tools/show_checkpoint.py" "$LOAD_PATH" --megatron-flags \
+    ${TP:+--tensor-model-parallel-size "$TP"} ${PP:+--pipeline-model-parallel-size "$PP"})
 mapfile -t model <<<"$words"
-[ -n "${TP:-}" ] && model+=(--tensor-model-parallel-size "$TP")
-[ -n "${PP:-}" ] && model+=(--pipeline-model-parallel-size "$PP")
 
 size_of() { # the value of a flag in the model's own
     local i value=1

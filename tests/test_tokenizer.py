@@ -87,7 +87,18 @@ def test_no_tokenizer_is_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_code_that_a_tokenizer_names_is_not_run_and_its_files_are_read(tmp_path: Path) -> None:
+def test_code_that_a_tokenizer_names_is_not_run_and_its_files_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    given, read = dict[str, str](), AutoTokenizer.from_pretrained
+
+    def watched(pretrained_model_name_or_path: str, **how: object) -> object:
+        given.update((file.name, file.read_text()) for file in Path(pretrained_model_name_or_path).glob("*.[!m]*"))
+        return read(pretrained_model_name_or_path, **how)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", watched)
     source = Path(shutil.copytree(TINY, tmp_path / "hf"))
     set_config(auto_map={"AutoTokenizer": ["evil.T", None]}, tokenizer_class="T")(source)
     said = json.loads((source / "tokenizer_config.json").read_text())
@@ -98,6 +109,7 @@ def test_code_that_a_tokenizer_names_is_not_run_and_its_files_are_read(tmp_path:
     tokens = preprocess_data.tokenizer_of(args).tokenize("def main(")
     assert tokens == preprocess_data.tokenizer_of(flags(model=TINY / "tokenizer.model")).tokenize("def main(")
     assert args.tokenizer_model == str(source)
+    assert "evil" not in "".join(given.values()) and {"config.json", "tokenizer.json"} <= given.keys()
     with pytest.raises(ValueError, match="no code of a tokenizer is run here"):
         build_tokenizer(flags("HuggingFaceTokenizer", source, trust_remote_code=True))
 
@@ -152,7 +164,8 @@ def test_a_tokenizer_that_cannot_be_is_told_before_all_arguments(shards: Path, t
         f"--load {shards} --vocab-size 1000": f"{shards}/huggingface has 1024 tokens and the model a .* of 1000",
     }
     runs = [{"name": f"{i}", "words": f"{command} {words}".split(), "ranks": 1} for i, words in enumerate(cases)]
-    for done, said in zip(StockLoop(tmp_path).run_all(runs).values(), cases.values(), strict=True):
-        assert done.code == 1
-        (line,) = done.log.splitlines()
+    done = StockLoop(tmp_path).run_all(runs)
+    for number, said in enumerate(cases.values()):
+        assert done[f"{number}"].code == 1
+        (line,) = done[f"{number}"].log.splitlines()
         assert re.search(said, line), line

@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from megatron.pruning.cli.entry import plain, run
-from megatron.pruning.cli.flags import facts, hyphenated, natural, new_parser
+from megatron.pruning.cli.flags import facts, hyphenated, natural, new_parser, positive
 from megatron.pruning.cli.speech import add_speech_flags, speaking
-from megatron.pruning.formats import open_checkpoint
+from megatron.pruning.formats import FORMATS, open_checkpoint
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
+from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.megatron_args import config_to_command_line
 from megatron.pruning.storage.manifest import MANIFEST, read_manifest, verify
 from megatron.pruning.storage.progress import Progress
@@ -47,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print only the flags with which pretrain_gpt.py trains it, a word a line",
     )
+    for kind in ("tensor", "pipeline"):
+        flag, help = f"--{kind}-model-parallel-size", f"with --megatron-flags: {kind}-parallel ranks (default: its own)"
+        parser.add_argument(flag, type=positive, metavar="N", help=help)
     parser.add_argument(
         "--digest", action="store_true", help="print the digest of the constants and all logical weights"
     )
@@ -104,6 +108,18 @@ def digest(checkpoint: Checkpoint) -> str:
     return total.hexdigest()
 
 
+def layout_to_train(checkpoint: Checkpoint, tensor: int | None, pipeline: int | None) -> Layout:
+    """Return the layout of a training with so many ranks, by default those of the checkpoint.
+
+    The vocabulary has the rows of padding that lie in the files, or those of a conversion where there are none.
+    """
+    own = checkpoint.training_layout
+    tensor, pipeline = tensor or own.tensor, pipeline or own.pipeline
+    if tensor == own.tensor or not FORMATS[checkpoint.format].parallel:
+        return Layout(tensor, pipeline, own.vocab_divisor)
+    return Layout(tensor, pipeline, max(1, own.padded_vocab(checkpoint.config.vocab_size) // tensor))
+
+
 def check_files(directory: Path) -> None:
     """Print what is not as the manifest says. Raises ValueError when a file differs or is missing, or without one."""
     named = read_manifest(directory / MANIFEST)
@@ -132,8 +148,8 @@ def show(args: argparse.Namespace) -> dict[str, Any]:
         check_files(args.path)
     checkpoint = open_checkpoint(args.path, args.iteration)
     if args.megatron_flags:
-        lines = config_to_command_line(checkpoint.config, checkpoint.training_layout)
-        words = [word for line in lines for word in line.split()]
+        layout = layout_to_train(checkpoint, args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+        words = [word for line in config_to_command_line(checkpoint.config, layout) for word in line.split()]
         print("\n".join(words))
         return {"megatron_flags": words}
     print(plain(describe(checkpoint)))

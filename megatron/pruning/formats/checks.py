@@ -1,7 +1,8 @@
 """What every format checks of the tensors that it finds."""
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 from megatron.pruning.storage.views import Stored, View
 
@@ -34,3 +35,17 @@ def check_keys(where: str, found: set[str], expected: set[str]) -> None:
 def a_few(names: Collection[str]) -> str:
     """Return the first three names in words, and how many more there are."""
     return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def compare_weights(
+    source: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError unless the weights `found` in a checkpoint are those that a model has, by name and shape."""
+    differ = {"it lacks": expected.keys() - found.keys(), "this model has no": found.keys() - expected.keys()}
+    if parts := [f"{problem} {a_few(names)}" for problem, names in differ.items() if names]:
+        raise ValueError(f"the checkpoint in {source} does not fit this model: {'; '.join(parts)}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(
+                f"the checkpoint in {source} does not fit this model: {name} is {found[name]} there and {shape} here"
+            )

@@ -18,7 +18,6 @@ teacher's files. The teacher is not a module of the model: optimizer, data paral
 import argparse
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +27,10 @@ from megatron.training import get_tokenizer
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.utils import print_rank_0
 
-from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.formats.megatron import rank_views
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.training.direct_start import open_named
 from megatron.pruning.training.stock_model import load_weights, model_config
 
 # Flags of the student that do not hold for a teacher, which is whole on one stage and never trained.
@@ -138,7 +137,7 @@ class Distillation:
         }.items():
             if used:
                 raise ValueError(f"--teacher-load cannot be combined with {flag}: leave one of them out")
-        self.checkpoint = _open(args.teacher_load)
+        self.checkpoint = open_named("--teacher-load", args.teacher_load)
         self.vocab = _common_vocabulary(self.checkpoint, args)
         padded = model.vocab_size
         if model.should_pad_vocab:
@@ -211,14 +210,6 @@ def _logits(
     """Return this rank's logits, `[sequence, batch, padded vocabulary / ranks]`, of what GPTModel gives at its end."""
     logits: torch.Tensor = scale_logits(output_layer(hidden_states, weight=output_weight)[0])
     return logits
-
-
-def _open(path: str) -> Checkpoint:
-    try:
-        return open_checkpoint(Path(path))
-    except (ValueError, OSError) as error:
-        told = str(error).removeprefix(f"--load {path}")
-        raise ValueError(f"--teacher-load {path}" + (told if told != str(error) else f": {error}")) from error
 
 
 def _common_vocabulary(teacher: Checkpoint, args: argparse.Namespace) -> int:

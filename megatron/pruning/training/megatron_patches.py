@@ -27,6 +27,7 @@ from megatron.training import checkpointing, get_args, global_vars, initialize, 
 
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.adam_steps import loading_steps
+from megatron.pruning.training.direct_start import load_start, start_of
 from megatron.pruning.training.strict_loading import checked_dist_load, checked_load, is_dist, one_sentence, source_of
 
 
@@ -165,6 +166,8 @@ def load_strictly(models: list[Any], optimizer: Any = None, *args: Any, **kwargs
     Raises ValueError when a weight is missing, is not in this rank's `models` or has another shape there, or when a
     file is missing or cannot be read.
     """
+    if (start := start_of(get_args())) is not None:
+        return load_start(start, models, optimizer)
     source = source_of(get_args())
     if source is None:  # the run starts afresh, see require_checkpoint
         return checkpointing.load_checkpoint(models, optimizer, *args, **kwargs)

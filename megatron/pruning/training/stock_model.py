@@ -6,7 +6,7 @@ The layers are the local ones (local_layers.py), whose norms and linears are mod
 import argparse
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -116,10 +116,8 @@ def load_weights(model: torch.nn.Module, views: dict[tuple[str, int | None], Vie
     `rank_views`, by Megatron name and global layer; `first_layer` is the global number of the stage's first one.
     """
     parameters = dict(model.named_parameters())
-    for (name, layer), view in views.items():
-        local = None if layer is None else layer - first_layer
-        key = full_key(name, local)
-        parameter = parameters.pop(key if key in parameters else full_key(name, local, te=True))
+    for where, key in parameter_names(parameters, views, first_layer).items():
+        parameter, view = parameters.pop(key), views[where]
         assert tuple(parameter.shape) == view.shape, (key, parameter.shape, view.shape)
         start = 0
         for _, bits in blocks(view):
@@ -127,3 +125,18 @@ def load_weights(model: torch.nn.Module, views: dict[tuple[str, int | None], Vie
             parameter.data[start : start + len(bits)].copy_(values)
             start += len(bits)
     assert not parameters, sorted(parameters)
+
+
+def parameter_names(
+    parameters: Container[str], views: Iterable[tuple[str, int | None]], first_layer: int
+) -> dict[tuple[str, int | None], str]:
+    """Return the names of weights in a stage, in that of their two spellings which is among its `parameters`.
+
+    `views` are Megatron names and global layers, as in `load_weights`.
+    """
+    found = {}
+    for name, layer in views:
+        local = None if layer is None else layer - first_layer
+        key = full_key(name, local)
+        found[name, layer] = key if key in parameters else full_key(name, local, te=True)
+    return found

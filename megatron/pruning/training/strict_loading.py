@@ -23,7 +23,7 @@ from megatron.training import get_args
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
 
-from megatron.pruning.formats.checks import a_few
+from megatron.pruning.formats.checks import a_few, compare_weights
 from megatron.pruning.formats.huggingface import CONFIG_FILE
 from megatron.pruning.formats.megatron import (
     HF_FILES,
@@ -41,6 +41,7 @@ from megatron.pruning.model.checkpoint import PLAN_FILE, carried_files_of, requi
 from megatron.pruning.storage.dcp_file import METADATA, Chunk, Entry, read_metadata
 from megatron.pruning.storage.harmless import require_harmless
 from megatron.pruning.storage.small_files import parse_json, read_small, replace_durably
+from megatron.pruning.training.direct_start import refuse_start, start_files, start_of
 
 MOST_CELLS = 1 << 24  # of the grid on which the chunks of a weight are looked at: a layer has one or a few a rank
 
@@ -68,8 +69,8 @@ def require_checkpoint(args: argparse.Namespace) -> None:
     source = source_of(args)
     if source is not None:
         require_files(args, source)
-    elif args.pretrained_checkpoint is not None:
-        raise ValueError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint: no {TRACKER}")
+    elif (start := start_of(args)) is not None:
+        refuse_start(args, start)
     elif args.load is not None:
         new = args.save is not None and Path(args.load).resolve() == Path(args.save).resolve()
         if not new or args.finetune or args.use_checkpoint_args or args.exit_on_missing_checkpoint:
@@ -140,16 +141,27 @@ def carry_files(args: argparse.Namespace) -> None:
     A later export and a second pruning read them. Rank 0 writes them, once, before training; what a checkpoint from
     elsewhere has beside it may be anything, so that only these go on.
     """
-    source = source_of(args)
-    if args.rank != 0 or not args.save or source is None or source.resolve() == Path(args.save).resolve():
+    source, start = source_of(args), start_of(args)
+    if args.rank != 0 or not args.save:
         return
+    if start is not None:
+        _lay_beside(args.save, start_files(start))
+    elif source is not None and source.resolve() != Path(args.save).resolve():
+        _lay_beside(args.save, _files_beside(source))
+
+
+def _files_beside(source: Path) -> dict[str, bytes]:
     found = {f"{HF_FILES}/{name}": content for name, content in carried_files_of(source / HF_FILES, source).items()}
     for name, folder in ((CONFIG_FILE, f"{HF_FILES}/"), (PLAN_FILE, "")):
         if (origin := source / folder / name).is_file():
             require_inside(origin, source)
             found[f"{folder}{name}"] = read_small(origin)
-    for name, content in found.items():
-        target = Path(args.save, name)
+    return found
+
+
+def _lay_beside(save: str, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        target = Path(save, name)
         if not target.exists():
             replace_durably(target, content)
 
@@ -198,7 +210,7 @@ def checked_load(
     expected = {name: tuple(weight.shape) for name, weight in _weights(model.state_dict()).items()}
     renamed = _with_norms_named_as_in(expected, state)
     found = {name: tuple(weight.shape) for name, weight in _weights(renamed).items()}
-    _compare(source, expected, found)
+    compare_weights(source, expected, found)
     if renamed.keys() != state.keys():
         _refuse_flat_optimizer(source)
     return load(renamed, strict=False)  # only `_extra_state`, which may be left out, can differ now
@@ -251,7 +263,7 @@ def checked_dist_load(
     expected = {name: shape for shapes in everyone for name, shape in shapes.items()}
     stored = dist_checkpointing.load_tensors_metadata(directory)
     found = {name: tuple(tensor.global_shape) for name, tensor in stored.items() if not _OPTIMIZER.match(name)}
-    _compare(source, expected, found)
+    compare_weights(source, expected, found)
     entries = read_metadata(Path(directory))
     _refuse_holes(Path(directory), entries, expected)
     return load(_without_new_extra_states(wanted, entries), directory, *rest, **kw)
@@ -301,17 +313,6 @@ def _is_covered(shape: tuple[int, ...], chunks: Collection[Chunk]) -> bool:
         ]
         covered[tuple(box)] = True
     return bool(covered.all())
-
-
-def _compare(source: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    differ = {"it lacks": expected.keys() - found.keys(), "this model has no": found.keys() - expected.keys()}
-    if parts := [f"{problem} {a_few(names)}" for problem, names in differ.items() if names]:
-        raise ValueError(f"the checkpoint in {source} does not fit this model: {'; '.join(parts)}")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise ValueError(
-                f"the checkpoint in {source} does not fit this model: {name} is {found[name]} there and {shape} here"
-            )
 
 
 def _weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
