@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("PYTHON", sys.executable)
 EMBEDDED = ROOT / "assets" / "tiny-llama"
 TEXT = ("--sequences", "64", "--sequence-length", "256")
+SHORT = {"TRAIN_ITERS": 3, "LOG_INTERVAL": 1, "EVAL_ITERS": 0}  # a run of training
 SPEED_BYTES = 60 << 30  # of a GPU's memory; the speed was measured with 44 GB in use
 PACKAGES = ("torch", "transformer-engine", "flash-attn", "megatron-core", "transformers", "numpy")
 
@@ -83,7 +84,7 @@ class Machine:
 
     def train(self, name: str, *flags: object, gpu: bool = True, **settings: object) -> Path:
         """Train the pruned model for three steps by check_model.sh, on one GPU or on none, and return the log."""
-        settings = {"TRAIN_ITERS": 3, "EVAL_ITERS": 0, "GPUS_PER_NODE": 1, "SAVE_PATH": self.work / name} | settings
+        settings = {"SAVE_PATH": self.work / name, "GPUS_PER_NODE": 1, **SHORT, **settings}
         cache = self.work / "cache" / name
         return self.run(name, "scripts/check_model.sh", *flags, "--data-cache-path", cache, gpu=gpu, **settings)
 
