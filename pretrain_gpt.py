@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from megatron.pruning.cli.entry import run
-from megatron.pruning.storage.processes import be_alone_without_torchrun
+from megatron.pruning.storage.processes import EndedTogether, be_alone_without_torchrun
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.quiet import quiet_imports
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     with flags_refused():
         model = gpt_config(args)
         distillation = Distillation(args, model) if args.teacher_load else None
-        with applied(while_training(args, model.transformer)):
+        with applied(while_training(args, model.transformer)), EndedTogether():
             config = pretrain_cfg_container_from_args(args, model)
             step = functools.partial(forward_step, distillation=distillation)
             training.pretrain(config, datasets, ModelType.encoder_or_decoder, step)

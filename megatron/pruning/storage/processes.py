@@ -6,8 +6,10 @@ silent ends the others with a sentence, and every wait is short enough for a sig
 """
 
 import atexit
+import contextlib
 import json
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -198,6 +200,52 @@ class _Board:
                 self._changed.wait(LOOK)
         except RuntimeError as error:
             self.lost = str(error).splitlines()[0][:200]
+
+
+class EndedTogether:
+    """End this process when another of its torchrun fails in the same context, and tell the others when it fails here.
+
+    The main thread may wait inside of nccl, where no signal of torchrun comes through: by itself it would wait until
+    nccl gives up, on other machines for ten minutes. So a thread looks, gives the main thread `GRACE` seconds to end as
+    it likes, and ends the process with a sentence. Alone, or without torchrun's store, this does nothing.
+    """
+
+    EVERY, GRACE = 1.0, 3.0  # seconds between two looks, and until the process ends
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        if count() > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            self._store = _connect(count(), hosts=False)
+            self._thread = threading.Thread(target=self._look, daemon=True)
+            self._thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if self._thread is None:
+            return
+        if error is not None and not isinstance(error, SystemExit):  # with which Megatron ends as it should
+            why = str(error) if isinstance(error, Exception) else "it was told to"
+            with contextlib.suppress(RuntimeError):  # a store that is gone tells nobody
+                self._store.set("ended", f"process {rank()} of this run has ended: {why or type(error).__name__}")
+        self._ended.set()
+        self._thread.join(5.0)
+
+    def _look(self) -> None:
+        found = ""
+        while not found:
+            if self._ended.wait(self.EVERY):
+                return
+            try:
+                found = self._store.get("ended").decode() if self._store.check(["ended"]) else ""
+            except RuntimeError as error:
+                found = (
+                    f"the machine on which the processes of this run meet is gone ({str(error).splitlines()[0][:200]})"
+                )
+        if not self._ended.wait(self.GRACE):
+            print(f"[rank {rank()}] error: {' '.join(found[:300].split())}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def _connect(size: int, hosts: bool) -> Any:
