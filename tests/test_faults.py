@@ -216,7 +216,7 @@ def test_a_signal_ends_a_run_in_one_line_and_cleans_up(tmp_path: Path, number: s
     source = make_big(tmp_path / "hf", vocab=100_000)
     old = convert(make_llama(tmp_path / "small"), tmp_path / "out", format="hf")
     before = digests(old)
-    command = [sys.executable, CONVERT, "--load", str(source), "--save", str(old), "--overwrite", "--dtype", "bf16"]
+    command = [sys.executable, CONVERT, "--load", str(source), "--save", str(old), "--format", "torch", "--overwrite"]
     with start(*command, cwd=tmp_path) as process:
         with time_limit(60):
             while not any(tmp_path.glob(f"{PARTIAL}/release/*/*")):
