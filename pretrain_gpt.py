@@ -151,11 +151,12 @@ datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank asks,
 
 
 def get_batch(
-    data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None, whole: bool = False
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None, batch_size: int, whole: bool = False
 ) -> dict[str, Any]:
     """Return this rank's part of the next micro batch; values are `[batch, sequence]`, none on middle pipeline stages.
 
-    The first stage has the tokens and the last one the labels; `whole` gives both of them all.
+    The micro batch is of `batch_size` sequences. The first stage has the tokens and the last one the labels; `whole`
+    gives both of them all.
     """
     args = get_args()
     if not is_first_or_last_pipeline_stage(vp_stage):
@@ -174,7 +175,7 @@ def get_batch(
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=1 if whole else args.pipeline_model_parallel_size,
@@ -190,9 +191,10 @@ def forward_step(data_iterator: Any, model: Any, distillation: Any = None) -> tu
 
     With a teacher the loss in training is that of `distillation`; validation has the language-model loss as ever.
     """
-    timers = get_timers()
+    args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), whole=distillation is not None)
+    size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), size, whole=distillation is not None)
     timers("batch-generator").stop()
     taught = distillation.of(batch) if distillation is not None and model.training else {}
     output = model(

@@ -17,6 +17,8 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "1/9 text: Python's standard library as tokens"
 "$PYTHON" "$ROOT/assets/make_tiny_llama.py" --data-only "$RUNS/data"
+# What is compared at the end are 65,536 tokens, which the first eight files hold: training validates on these, too.
+sed -i '9,$d' "$RUNS/data/valid.jsonl"
 for part in train valid; do
     "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$RUNS/data/$part.jsonl" --output-prefix "$RUNS/data/$part" \
         --load "$ROOT/assets/tiny-llama" --append-eod --workers 2
@@ -34,9 +36,12 @@ DATA_PATH="$RUNS/data/train_text_document" DROP_LAYERS='' bash "$ROOT/scripts/pr
 
 say "5/9 train on: $TRAIN_ITERS steps of the stock Megatron loop (log: $RUNS/train.log)"
 rm -rf "$RUNS/recovered"
-bash "$ROOT/scripts/check_model.sh" 2>&1 | tee "$RUNS/train.log" | sed -unE \
+# Each validation is one pass over all of its text, which Megatron makes for a list of texts alone (of which this is the
+# first, 0), and a sequence at a time. One copy of the model trains, however many GPUs there are.
+GPUS_PER_NODE=$TP bash "$ROOT/scripts/check_model.sh" --full-validation --multiple-validation-sets \
+    --eval-micro-batch-size 1 --eval-global-batch-size 1 2>&1 | tee "$RUNS/train.log" | sed -unE \
     -e 's/.*(iteration +[0-9]+\/ *[0-9]+) .*(lm loss: [^ ]+).*/\1   \2/p' \
-    -e 's/.*(validation loss at iteration [0-9]+) \| lm loss value: ([^ ]+).*/\1: \2/p' -e '/error: /p' ||
+    -e 's/.*(validation)-0( loss at iteration [0-9]+) \| lm loss value: ([^ ]+).*/\1\2: \3/p' -e '/error: /p' ||
     die "training failed: see $RUNS/train.log"
 
 say "6/9 transfer: tensor parallel $TP -> 1"
@@ -52,8 +57,9 @@ say "9/9 compare: validation loss"
 "$PYTHON" "$ROOT/tools/evaluate.py" --data "$RUNS/data/valid_text_document" --sequence-length 256 --max-tokens 65536 \
     --load "$ROOT/assets/tiny-llama" --load "$RUNS/cut" --load "$RUNS/pruned" --load "$RUNS/recovered-hf" \
     --json "$RUNS/losses.json"
-read -r parent cut pruned < <("$PYTHON" -c "
+read -r parent cut pruned recovered < <("$PYTHON" -c "
 import json, sys
-print(*(f\"{run['loss']:.4f}\" for run in json.load(open(sys.argv[1]))[:3]))" "$RUNS/losses.json")
-"$PYTHON" "$ROOT/tools/plot_loss.py" --run "recovered=$RUNS/recovered/tensorboard" --line "parent=$parent" \
-    --line "cut at random=$cut" --line "pruned with text=$pruned" --title "tiny-llama, pruned to half and trained on" --output "$RUNS/loss.png"
+print(*(f\"{run['loss']:.4f}\" for run in json.load(open(sys.argv[1]))))" "$RUNS/losses.json")
+"$PYTHON" "$ROOT/tools/plot_loss.py" --run "recovered=$RUNS/recovered/tensorboard" --smooth 10 --line "parent=$parent" \
+    --line "cut at random=$cut" --line "reconstructed=$pruned" --line "recovered=$recovered" \
+    --title "tiny-llama, pruned to half and trained on" --output "$RUNS/loss.png"

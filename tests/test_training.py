@@ -139,6 +139,18 @@ def test_starts_on_a_gpu_without_transformer_engine_and_apex(layout: str, forker
     assert len(on_gpu.losses) == 3 and on_gpu.losses == pytest.approx(on_cpu.losses, abs=0.01)
 
 
+def test_validation_over_all_of_its_text_in_batches_of_its_own_is_alike_in_layouts(
+    forker: StockLoop, trained: dict[str, Run]
+) -> None:
+    words = f"{MODEL} {TRAINING} {DATA} --load dist --ckpt-step {SAVED} --exit-interval {SAVED + 1} --eval-interval 1"
+    words += " --valid-data-path data --full-validation --multiple-validation-sets"
+    words += " --eval-micro-batch-size 1 --eval-global-batch-size 1"
+    runs = [forker.run("valid_1", words), forker.run("valid_2", f"{words} --tensor-model-parallel-size 2", ranks=2)]
+    losses = [re.findall(r"validation-0 loss at iteration .*lm loss value: (\S+)", run.ok().log) for run in runs]
+    assert len(losses[0]) == 1
+    assert float(losses[1][0]) == pytest.approx(float(losses[0][0]), abs=1e-4)
+
+
 UNFUSED = "--spec megatron.pruning.training.local_layers unfused_layers"
 
 

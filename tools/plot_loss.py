@@ -8,7 +8,8 @@
         --smooth 20 --output loss_vs_scratch.png
 
 Each --run gives the training loss as a line and the validation loss as points; each --line a level to compare with.
-With --sequence-length the x axis counts tokens, otherwise iterations.
+Names stand beside the plot, at the height of what they name, so that no legend covers a curve. With --sequence-length
+the x axis counts tokens, otherwise iterations.
 """
 
 import argparse
@@ -16,9 +17,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
-import matplotlib.ticker
 
 from megatron.pruning.cli.flags import positive
 
@@ -26,16 +27,18 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser
 
-# Megatron's TensorBoard tags: by iteration, and by sample (for the number of tokens).
-TRAIN, VALIDATION = "lm loss", "lm loss validation"
+# Megatron's TensorBoard tags: by iteration, and by sample (for the number of tokens). With --multiple-validation-sets
+# each set has a tag; the curve is that of the first.
+TRAIN, VALIDATION = "lm loss", ("lm loss validation", "lm loss validation-0")
 PER_SAMPLE = " vs samples"
 # The lines of its log.
 STEP = re.compile(r"iteration +(\d+)/.*consumed samples: +(\d+) .*?\blm loss: (\S+)")
-EVALUATION = re.compile(r"validation loss at iteration (\d+) .*?\blm loss value: (\S+)")
+EVALUATION = re.compile(r"validation(?:-0)? loss at iteration (\d+) .*?\blm loss value: (\S+)")
 
 
 @dataclass
@@ -114,7 +117,7 @@ def read_tensorboard(directory: Path, suffix: str) -> Curves:
         found = sorted(events.Scalars(tag), key=lambda event: event.wall_time) if tag in there else []
         return {event.step: event.value for event in found}
 
-    return Curves(scalars(TRAIN + suffix), scalars(VALIDATION + suffix))
+    return Curves(scalars(TRAIN + suffix), {k: v for tag in VALIDATION for k, v in scalars(tag + suffix).items()})
 
 
 def read_log(file: Path, by_samples: bool) -> Curves:
@@ -141,30 +144,76 @@ def smoothed(curve: dict[int, float], points: int) -> tuple[list[int], list[floa
     return steps, ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
 
 
+class Label(NamedTuple):
+    """What stands beside the plot at the height of a loss, in nats a token."""
+
+    loss: float
+    text: str
+    color: Any
+
+
+def plot(axes: Any, name: str, curves: Curves, unit: int, points: int) -> list[Label]:
+    """Draw the curves of a run, `unit` on the x axis for each of their steps; return their labels."""
+    labels = []
+    color = None
+    for what, (steps, values), style in (
+        ("training", smoothed(curves.training, points), {"linewidth": 1.0, "alpha": 0.6}),
+        ("validation", smoothed(curves.validation, 1), {"marker": "o", "markersize": 4.0}),
+    ):
+        if not steps:
+            continue
+        (line,) = axes.plot([step * unit for step in steps], values, color=color, **style)
+        color = line.get_color()
+        text = f"{name}, {what}"
+        if len(steps) == 1:
+            line.set_marker("o")  # a line of one point would not be seen
+            text += f": {values[0]:.3f}"
+        labels.append(Label(values[-1], text, color))
+    return labels
+
+
+def write_beside(axes: Any, labels: Sequence[Label], gap: float = 0.05) -> None:
+    """Write the labels to the right of the plot, at least `gap` of its height apart, each with a line to its loss."""
+    low, high = axes.get_ylim()
+    shown = sorted(label for label in labels if low <= label.loss <= high)
+    wanted = np.array([(label.loss - low) / (high - low) for label in shown])
+    apart = gap * np.arange(len(shown))
+    heights = np.maximum.accumulate(wanted - apart)  # pushed up by those below
+    heights = np.minimum(heights, 1 - gap * max(len(shown) - 1, 0)) + apart
+    for label, height in zip(shown, heights, strict=True):
+        axes.annotate(
+            label.text,
+            xy=(1, label.loss),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            color=label.color,
+            fontsize=9,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": label.color, "linewidth": 0.8, "relpos": (0, 0.5), "shrinkB": 0},
+        )
+
+
 def main(argv: Sequence[str]) -> None:
     """Draw."""
     args = parser().parse_args(hyphenated(argv))
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    tokens = args.sequence_length or 1
+    labels = []
     for name, path in args.run:
         curves = read_run(Path(path), bool(args.sequence_length))
-        steps, values = smoothed(curves.training, args.smooth)
-        (line,) = axes.plot(
-            [step * tokens for step in steps], values, linewidth=1, alpha=0.6, label=f"{name}, training"
-        )
-        if curves.validation:
-            steps, values = smoothed(curves.validation, 1)
-            points = [step * tokens for step in steps]
-            axes.plot(points, values, "o-", markersize=4, color=line.get_color(), label=f"{name}, validation")
-    for i, (name, value) in enumerate(args.line):
-        axes.axhline(value, linestyle="--", color=f"C{7 + i}", label=f"{name}: {value:.3f}")
+        labels += plot(axes, name, curves, args.sequence_length or 1, args.smooth)
+    for name, value in args.line:
+        axes.axhline(value, linestyle="--", linewidth=1, color="0.4")
+        labels.append(Label(value, f"{name}: {value:.3f}", "0.3"))
     axes.set(xlabel="tokens" if args.sequence_length else "iteration", ylabel="loss (nats a token)", title=args.title)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if args.sequence_length:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if args.ylim:
         axes.set_ylim(*args.ylim)
-    if args.sequence_length:
-        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     axes.grid(alpha=0.3)
-    axes.legend()
+    write_beside(axes, labels)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=120)
     plt.close(figure)
