@@ -183,7 +183,7 @@ class Experiment:
             "VALID_DATA_PATH": data / VALIDATION, "TOKENIZER_MODEL": TOKENIZER,
             "SEQ_LENGTH": self.sequence, "MICRO_BATCH_SIZE": self.batch, "GLOBAL_BATCH_SIZE": self.batch,
             "TRAIN_ITERS": run.steps, "LR": run.lr, "MIN_LR": run.lr / 10, "LR_WARMUP_ITERS": run.steps // 20,
-            "SAVE_INTERVAL": every, "EVAL_INTERVAL": 10 * run.steps, "EVAL_ITERS": 0, "LOG_INTERVAL": 50,
+            "SAVE_INTERVAL": every, "EVAL_INTERVAL": 10 * run.steps, "EVAL_ITERS": 0, "LOG_INTERVAL": 50, "VERBOSE": 1,
         }  # fmt: skip
         environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
         words = ["bash", ROOT / "scripts" / "check_model.sh", "--seed", str(run.seed), "--no-save-optim", *run.flags]

@@ -34,6 +34,7 @@ SPLIT=${SPLIT:-949,50,1}
 TOKENIZER_MODEL=${TOKENIZER_MODEL:-}           # a file or folder; empty: the tokenizer that lies with the checkpoint
 TOKENIZER_TYPE=${TOKENIZER_TYPE:-}             # Megatron's name of its kind; empty: by the files
 TENSORBOARD_PATH=${TENSORBOARD_PATH:-$SAVE_PATH/tensorboard}
+VERBOSE=${VERBOSE:-}                           # 1: Megatron's whole output here; empty: it goes to SAVE_PATH/logs
 TEACHER_LOAD=${TEACHER_LOAD:-}                 # distillation: the unpruned model, e.g. $RUNS/parent; empty: none
 KD_ALPHA=${KD_ALPHA:-1.0}                      # share of the distillation loss; the rest is the language-model loss
 KD_TEMPERATURE=${KD_TEMPERATURE:-1.0}
@@ -132,7 +133,7 @@ tokenizer=()
 teacher=()
 [ -z "$TEACHER_LOAD" ] || teacher=(--teacher-load "$TEACHER_LOAD" --kd-alpha "$KD_ALPHA" --kd-temperature "$KD_TEMPERATURE")
 
-launch "$GPUS_PER_NODE" "$ROOT/pretrain_gpt.py" "${model[@]}" "${device[@]}" "${data[@]}" "${teacher[@]}" \
+launcher "$GPUS_PER_NODE" "$ROOT/pretrain_gpt.py" "${model[@]}" "${device[@]}" "${data[@]}" "${teacher[@]}" \
     "${tokenizer[@]}" --load "$SAVE_PATH" --pretrained-checkpoint "$LOAD_PATH" --save "$SAVE_PATH" \
     --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" \
     --train-iters "$TRAIN_ITERS" --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine \
@@ -140,3 +141,6 @@ launch "$GPUS_PER_NODE" "$ROOT/pretrain_gpt.py" "${model[@]}" "${device[@]}" "${
     --adam-beta1 0.9 --adam-beta2 0.95 --calculate-per-token-loss \
     --save-interval "$SAVE_INTERVAL" --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" \
     --log-interval "$LOG_INTERVAL" --tensorboard-dir "$TENSORBOARD_PATH" "$@"
+[ -z "$VERBOSE" ] || exec "${command[@]}"
+echo "training of $LOAD_PATH by $processes process$([ "$processes" = 1 ] || echo es); saves every $SAVE_INTERVAL steps to $SAVE_PATH"
+exec "$PYTHON" "$ROOT/tools/watch_training.py" --log "$SAVE_PATH/logs/node-${NODE_RANK:-0}.log" -- "${command[@]}"

@@ -23,7 +23,7 @@ forget_settings() {
         DROP_LAYERS TOKENIZER_TYPE TOKENIZER_MODEL TENSORBOARD_PATH GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR \
         MASTER_PORT TEACHER_LOAD KD_ALPHA KD_TEMPERATURE DISTRIBUTED_OPTIMIZER DTYPE SEQ_LENGTH MICRO_BATCH_SIZE \
         GLOBAL_BATCH_SIZE LR MIN_LR LR_WARMUP_ITERS WEIGHT_DECAY CLIP_GRAD SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS \
-        LOG_INTERVAL
+        LOG_INTERVAL VERBOSE
 }
 
 # words TEXT: set `split` to one prefix, which may hold spaces, or to those of "weight prefix weight prefix ...".
@@ -48,12 +48,13 @@ has_fused_adam() {
     "$PYTHON" -c 'from importlib.util import find_spec as f; raise SystemExit(not (f("transformer_engine") or f("amp_C")))'
 }
 
-# launch PROCESSES SCRIPT ARGS...: PROCESSES on each of NNODES machines, through torchrun when there is more than one.
-launch() {
+# launcher PROCESSES SCRIPT ARGS...: set `command` to what starts PROCESSES on each of NNODES machines, through torchrun
+# when there is more than one.
+launcher() {
     local processes=$1
     shift
     if [ "$processes" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
-        "$PYTHON" "$@"
+        command=("$PYTHON" "$@")
         return
     fi
     has_module torch || die "several processes meet through torch, which is not installed: bash scripts/setup.sh, or" \
@@ -63,5 +64,11 @@ launch() {
         where=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-localhost}"
             --master_port "${MASTER_PORT:-6000}")
     fi
-    "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" --nnodes "${NNODES:-1}" "${where[@]}" "$@"
+    command=("$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" --nnodes "${NNODES:-1}" "${where[@]}" "$@")
+}
+
+# launch PROCESSES SCRIPT ARGS...: start them.
+launch() {
+    launcher "$@"
+    "${command[@]}"
 }

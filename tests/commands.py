@@ -49,7 +49,7 @@ def check_model(folder: Path, gpus: int = 0, **settings: object) -> tuple[list[s
         (folder / "bin").mkdir(exist_ok=True)
         (folder / "bin/nvidia-smi").symlink_to("/bin/true")
         path = f"{folder / 'bin'}:{path}"
-    done = run("bash", str(ROOT / "scripts/check_model.sh"), **settings, PYTHON=python, PATH=path)
+    done = run("bash", str(ROOT / "scripts/check_model.sh"), **settings, PYTHON=python, PATH=path, VERBOSE=1)
     if done.returncode:
         raise ValueError(done.stderr)
     words = (folder / "launched").read_text().splitlines()

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron.pruning.cli.stock_log import read_validation
 from megatron.pruning.model.axes import PRUNABLE
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.plan.report import table
@@ -90,6 +91,7 @@ def _train(work: Path, log: Path, args: argparse.Namespace, steps: int) -> float
         "TRAIN_ITERS": steps,
         "EVAL_INTERVAL": steps,
         "SAVE_INTERVAL": steps,
+        "VERBOSE": 1,
     }
     if "LR_WARMUP_ITERS" not in os.environ:
         settings["LR_WARMUP_ITERS"] = steps // 15
@@ -98,10 +100,10 @@ def _train(work: Path, log: Path, args: argparse.Namespace, steps: int) -> float
     with log.open("w", encoding="utf-8") as out:
         done = subprocess.run(["bash", _SCRIPT, "--no-save-optim"], env=environment, stdout=out, stderr=out)
     text = log.read_text(encoding="utf-8", errors="replace")
-    found = re.findall(r"validation loss at iteration \d+ \| lm loss value: (\S+)", text)
+    found = [said[2] for line in text.splitlines() if (said := read_validation(line)) is not None and not said[1]]
     if done.returncode or not found:
         reason = re.findall(r"error: (.*)", text) or [f"see {log}"]
         raise ValueError(f"training {work.name} failed: {reason[-1]}")
-    if not math.isfinite(loss := float(found[-1])):
+    if not math.isfinite(loss := found[-1]):
         raise ValueError(f"training {work.name} ended at a loss of {loss}: try a smaller --lr (log: {log})")
     return loss

@@ -13,7 +13,6 @@ the x axis counts tokens, otherwise iterations.
 """
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,14 +30,12 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser
+from megatron.pruning.cli.stock_log import read_step, read_validation
 
 # Megatron's TensorBoard tags: by iteration, and by sample (for the number of tokens). With --multiple-validation-sets
 # each set has a tag; the curve is that of the first.
 TRAIN, VALIDATION = "lm loss", ("lm loss validation", "lm loss validation-0")
 PER_SAMPLE = " vs samples"
-# The lines of its log.
-STEP = re.compile(r"iteration +(\d+)/.*consumed samples: +(\d+) .*?\blm loss: (\S+)")
-EVALUATION = re.compile(r"validation(?:-0)? loss at iteration (\d+) .*?\blm loss value: (\S+)")
 
 
 @dataclass
@@ -124,14 +121,13 @@ def read_log(file: Path, by_samples: bool) -> Curves:
     """Read what the training loop printed; later lines win."""
     curves, samples = Curves(), dict[int, int]()
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        if step := STEP.search(line):
-            iteration = int(step[1])
-            samples[iteration] = int(step[2])
-            curves.training[samples[iteration] if by_samples else iteration] = float(step[3])
-        elif evaluation := EVALUATION.search(line):
-            iteration = int(evaluation[1])
-            if iteration in samples or not by_samples:
-                curves.validation[samples[iteration] if by_samples else iteration] = float(evaluation[2])
+        if (step := read_step(line)) is not None and TRAIN in step.losses:
+            samples[step.number] = int(step.value("consumed samples"))
+            curves.training[samples[step.number] if by_samples else step.number] = step.losses[TRAIN]
+        elif (evaluation := read_validation(line)) is not None:
+            iteration, text, loss = evaluation
+            if text in ("", " on validation set") and (iteration in samples or not by_samples):
+                curves.validation[samples[iteration] if by_samples else iteration] = loss
     return curves
 
 
