@@ -1,12 +1,17 @@
 """The checkpoints that many tests start from."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # Before torch is imported, and for the processes that tests start: it is the CPU that computes, beside a GPU too.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# A job in the background of a shell has these ignored, and so would the programs that tests start and end by them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytest.register_assert_rewrite("helpers")
 
