@@ -63,9 +63,11 @@ def command(folder: Path, program: str) -> list[str]:
 
 
 def start(folder: Path, program: str) -> "subprocess.Popen[str]":
+    """Start it as a terminal does: tests that run in the background have Ctrl-C ignored, and so would it."""
     return subprocess.Popen(
-        command(folder, program), env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        command(folder, program), env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in tool.FORWARDED],
+    )  # fmt: skip
 
 
 def wait_for(what: Callable[[], object], seconds: float = 30.0) -> None:
