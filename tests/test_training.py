@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT
-from helpers import load_whole
+from helpers import convert, load_whole
 from stock_loop import Run, StockLoop, environment
 
+from megatron.pruning.model.layout import Layout
 from megatron.pruning.training import cpu_device
 
 STEPS, SAVED, KILLED = 24, 10, 16  # the whole run, the checkpoint to resume from, the step after which -9 comes
@@ -125,6 +126,16 @@ def test_layouts_continue_the_same_training(
     assert [run.losses[step] for step in compared] == pytest.approx(
         [trained["dist"].losses[step] for step in compared], abs=1e-4
     )
+
+
+def test_a_virtual_pipeline_is_not_started_from_random_weights(
+    folder: Path, forker: StockLoop, trained: dict[str, Run]
+) -> None:
+    """The stock loader passes over stages that the files of a plain pipeline do not have."""
+    convert(folder / "dist", folder / "plain_pp2", layout=Layout(1, 2))
+    words = f"{MODEL} {TRAINING} {DATA} --pretrained-checkpoint plain_pp2 --pipeline-model-parallel-size 2"
+    run = forker.run("virtual", f"{words} --num-layers-per-virtual-pipeline-stage 1", ranks=2)
+    assert run.code == 1 and "has 0 of the 2 virtual pipeline stages of a rank: convert it with" in run.error
 
 
 @pytest.mark.parametrize("layout", ["alone", "tp2"])

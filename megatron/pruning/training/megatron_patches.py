@@ -119,10 +119,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: compiled()(*args, **kwargs)
 
 
-def while_loading(models: Sequence[torch.nn.Module], optimizer: Any, source: Path) -> list[Patch]:
+def while_loading(
+    models: Sequence[torch.nn.Module], optimizer: Any, source: Path, filled: list[torch.nn.Module]
+) -> list[Patch]:
     """Return the rows that hold while the stock loader reads the checkpoint in `source`.
 
-    It reads into this rank's `models`, and into the `optimizer` if there is one.
+    It reads into this rank's `models`, which then are `filled`, and into the `optimizer` if there is one.
     """
     return [
         Patch(
@@ -142,7 +144,7 @@ def while_loading(models: Sequence[torch.nn.Module], optimizer: Any, source: Pat
             Patch(
                 model,
                 "load_state_dict",
-                functools.partial(checked_load, model, model.load_state_dict, source),
+                functools.partial(checked_load, model, model.load_state_dict, source, filled),
                 why="Where the strict loading of a torch checkpoint fails, Megatron loads once more and is not strict.",
             )
             for model in models
@@ -171,8 +173,15 @@ def load_strictly(models: list[Any], optimizer: Any = None, *args: Any, **kwargs
     source = source_of(get_args())
     if source is None:  # the run starts afresh, see require_checkpoint
         return checkpointing.load_checkpoint(models, optimizer, *args, **kwargs)
-    with one_sentence(source), applied(while_loading(models, optimizer, source)):
-        return checkpointing.load_checkpoint(models, optimizer, *args, **kwargs)
+    filled: list[torch.nn.Module] = []
+    with one_sentence(source), applied(while_loading(models, optimizer, source, filled)):
+        result = checkpointing.load_checkpoint(models, optimizer, *args, **kwargs)
+    if len(filled) < len(models) and not is_dist(get_args(), source):
+        raise ValueError(
+            f"the checkpoint in {source} has {len(filled)} of the {len(models)} virtual pipeline stages of a rank: "
+            "convert it with --format torch_dist, which loads in any layout, or leave the virtual pipeline out"
+        )
+    return result
 
 
 @contextlib.contextmanager

@@ -201,9 +201,16 @@ def one_sentence(directory: str | Path | None) -> Iterator[None]:
 
 
 def checked_load(
-    model: torch.nn.Module, load: Callable[..., Any], source: Path, state: dict[str, Any], strict: bool = True
+    model: torch.nn.Module,
+    load: Callable[..., Any],
+    source: Path,
+    filled: list[torch.nn.Module],
+    state: dict[str, Any],
+    strict: bool = True,
 ) -> Any:
     """Load `state`, as read from `source`, into `model` by `load`, its stock `load_state_dict`; `strict` or not.
+
+    The model joins those that are `filled`: stages of a virtual pipeline that a file lacks are passed over in silence.
 
     Raises ValueError, before anything is loaded, unless the names and shapes of all weights agree.
     """
@@ -211,6 +218,7 @@ def checked_load(
     renamed = _with_norms_named_as_in(expected, state)
     found = {name: tuple(weight.shape) for name, weight in _weights(renamed).items()}
     compare_weights(source, expected, found)
+    filled.append(model)
     if renamed.keys() != state.keys():
         _refuse_flat_optimizer(source)
     return load(renamed, strict=False)  # only `_extra_state`, which may be left out, can differ now
