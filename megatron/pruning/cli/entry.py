@@ -25,9 +25,10 @@ def run(main: Callable[[Sequence[str]], None], left: str = "nothing was left beh
     try:
         main(sys.argv[1:])
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
+        name = error.name or ""
+        if name.partition(".")[0] not in _EXTRA or name.startswith("megatron.pruning"):
             raise
-        _end(f'this needs {error.name}, which is not installed: bash scripts/setup.sh, or pip install ".[train]"', 1)
+        _end(f'this needs {name}, which is not installed: bash scripts/setup.sh, or pip install ".[train]"', 1)
     except ValueError as error:
         if count() > 1 and not is_first_here() and not World.joined:
             _let_another_speak()

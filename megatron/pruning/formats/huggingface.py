@@ -131,7 +131,7 @@ def hf_output(checkpoint: Checkpoint, options: SaveOptions, shard_bytes: int = S
     Raises ValueError for a shape that transformers would not load.
     """
     if problem := hf_export_problem(checkpoint.config):
-        raise ValueError(problem)
+        raise ValueError(f"{problem}; for training alone, write it with --format torch")
     views = {weight.hf_key(layer): cast(view, options.dtype) for weight, layer, view in checkpoint.weights()}
     shards = in_shards(((item, item[1].nbytes) for item in views.items()), shard_bytes)
     names = ["model.safetensors"]
