@@ -50,7 +50,7 @@ MASK = torch.tensor([[1.0, 0.0, 1.0]] * TOKENS[0])
 
 def divergence_of_rank(rank: int, ranks: int, store: str, answers: Any) -> None:
     """Be one of the tensor-parallel ranks: put each case's divergence and this rank's gradient into `answers`."""
-    from megatron.pruning.training.distillation import VocabParallelKL
+    from megatron.pruning.training.divergence import VocabParallelKL
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
@@ -70,7 +70,7 @@ def divergence_of_rank(rank: int, ranks: int, store: str, answers: Any) -> None:
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def divergences(request: pytest.FixtureRequest) -> list[dict[str, tuple[Any, Any]]]:
     """Return what each of the ranks found."""
-    import megatron.pruning.training.distillation  # noqa: F401 - once, before the forks
+    import megatron.pruning.training.divergence  # noqa: F401 - once, before the forks
 
     fork, ranks = multiprocessing.get_context("fork"), request.param
     answers = fork.Queue()
@@ -311,7 +311,7 @@ def test_mistakes_are_refused_in_one_sentence(loop: StockLoop) -> None:
 
 def test_fp16_keeps_small_differences_until_the_loss_is_scaled() -> None:
     """They are below its smallest number; the gradient is that of the same logits in fp32."""
-    from megatron.pruning.training.distillation import VocabParallelKL
+    from megatron.pruning.training.divergence import VocabParallelKL
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     draw = torch.Generator().manual_seed(0)

@@ -4,10 +4,7 @@
     loss    = alpha * kd loss + (1 - alpha) * lm loss
 
 That is forward KL on the full logits, with alpha 1 the recovery of Minitron (arXiv 2407.14679, table 15); the factor
-temperature^2 keeps the gradient's size (arXiv 1503.02531, section 2). The logits of teacher and student lie cut along
-the vocabulary over the same tensor-parallel ranks, and each rank computes its part: three small all-reduces a micro
-batch, and nothing of the vocabulary's size leaves a rank. Rows that only pad the vocabulary take no part, in neither
-model, so that the loss is that of the exported models and the same in every layout.
+temperature^2 keeps the gradient's size (arXiv 1503.02531, section 2). How it is computed is in divergence.py.
 
 The teacher is any checkpoint that this project reads. It is built as Megatron's own model from the student's flags and
 the checkpoint's shape, on the last pipeline stage alone and with all of its layers: the only stage whose logits are
@@ -31,6 +28,7 @@ from megatron.pruning.formats.megatron import rank_views
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.training.direct_start import open_named
+from megatron.pruning.training.divergence import VocabParallelKL
 from megatron.pruning.training.stock_model import load_weights, model_config
 
 # Flags of the student that do not hold for a teacher, which is whole on one stage and never trained.
@@ -58,67 +56,6 @@ _TEACHER_ARGS: dict[str, Any] = {
     "num_experts": None,
     "mtp_num_layers": None,
 }
-
-
-_FP32_VALUES = 2**25  # of logits that are computed with at once
-
-
-class VocabParallelKL(torch.autograd.Function):
-    """KL(teacher || student) per token, from logits that lie cut along the vocabulary over a group of ranks."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, temperature: float, vocab: int, group: Any
-    ) -> torch.Tensor:
-        """Return temperature^2 times the divergence in nats, computed in fp32, `[...]`, the same on every rank.
-
-        `student` and `teacher` are this rank's logits, `[..., padded vocabulary / ranks]`; the teacher's get no
-        gradient. `vocab` is the size of the vocabulary without padding over all ranks of `group`, which are in its
-        order; `temperature` is above 0.
-        """
-        width = student.shape[-1]
-        mine = min(max(vocab - torch.distributed.get_rank(group) * width, 0), width)  # columns that are no padding
-        divergence = torch.empty(student.shape[:-1], dtype=torch.float32, device=student.device)
-        # fp16 has no room for small differences before the loss is scaled.
-        kept = torch.float32 if student.dtype == torch.float16 else student.dtype
-        difference = torch.zeros(student.shape, dtype=kept, device=student.device)
-        # In fp32 there are only a few tokens at a time: the logits of a whole sequence may take gigabytes.
-        rows = max(1, _FP32_VALUES // width)
-        logits = (torch.split(tensor.reshape(-1, width), rows) for tensor in (student, teacher, difference))
-        for ours, theirs, gap, summed in zip(*logits, torch.split(divergence.view(-1), rows), strict=True):
-            log_p, log_q = _log_softmax([theirs[:, :mine], ours[:, :mine]], temperature, group)
-            p = log_p.exp()
-            torch.sum(p * log_p.sub_(log_q), -1, out=summed)
-            gap[:, :mine] = log_q.exp_().sub_(p)
-        torch.distributed.all_reduce(divergence, group=group)
-        ctx.save_for_backward(difference)
-        ctx.temperature, ctx.dtype = temperature, student.dtype
-        return divergence.mul_(temperature**2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradient of the student's logits.
-
-        It is temperature * (softmax(student / temperature) - softmax(teacher / temperature)).
-        """
-        (difference,) = ctx.saved_tensors
-        factor = gradients[0].unsqueeze(-1) * ctx.temperature
-        return torch.mul(difference, factor, out=torch.empty_like(difference, dtype=ctx.dtype)), None, None, None, None
-
-
-def _log_softmax(logits: list[torch.Tensor], temperature: float, group: Any) -> list[torch.Tensor]:
-    """Return log-probabilities in fp32 of this rank's columns, of several tensors by the same two all-reduces.
-
-    The largest logit is taken off first: what is rounded then is the distance to it, not the logit. A rank may have no
-    column at all.
-    """
-    nothing = torch.full((*logits[0].shape[:-1], 1), -torch.inf, device=logits[0].device)
-    largest = torch.stack([part.amax(-1, keepdim=True).float() if part.shape[-1] else nothing for part in logits])
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
-    scaled = [(part.float() - top).div_(temperature) for part, top in zip(logits, largest, strict=True)]
-    total = torch.stack([part.exp().sum(-1, keepdim=True) for part in scaled])
-    torch.distributed.all_reduce(total, group=group)
-    return [part.sub_(log_sum) for part, log_sum in zip(scaled, total.log_(), strict=True)]
 
 
 class Distillation:
