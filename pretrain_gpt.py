@@ -55,6 +55,9 @@ with quiet_imports():
     from megatron.pruning.training.flags import add_defaults, flags_refused, refuse_impossible, refuse_without_libraries
     from megatron.pruning.training.local_layers import gpt_config
     from megatron.pruning.training.megatron_patches import applied, while_parsing, while_publishing, while_training
+    from megatron.pruning.training.online_teacher import OnlineTeacher
+    from megatron.pruning.training.record_teacher import record
+    from megatron.pruning.training.recorded_teacher import RecordedTeacher
     from megatron.pruning.training.strict_loading import carry_files, require_checkpoint
     from megatron.pruning.training.tokenizer import build_tokenizer, name_tokenizer
 
@@ -67,13 +70,25 @@ def main(argv: Sequence[str]) -> None:
     carry_files(args)
     with flags_refused():
         model = gpt_config(args)
-        distillation = Distillation(args, model) if args.teacher_load else None
+        distillation = distillation_of(args, model)
         with applied(while_training(args, model.transformer)), EndedTogether():
-            config = pretrain_cfg_container_from_args(args, model)
-            step = functools.partial(forward_step, distillation=distillation)
-            training.pretrain(config, datasets, ModelType.encoder_or_decoder, step)
+            if args.kd_save:
+                record(args, model, datasets, get_batch)
+            else:
+                config = pretrain_cfg_container_from_args(args, model)
+                step = functools.partial(forward_step, distillation=distillation)
+                sets = functools.partial(datasets, distillation=distillation)
+                sets.is_distributed = True  # type: ignore[attr-defined]  # every rank asks, `built_here` decides
+                training.pretrain(config, sets, ModelType.encoder_or_decoder, step)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def distillation_of(args: argparse.Namespace, model: Any) -> Distillation | None:
+    """Return the distillation that the flags ask for, if any; `model` is the student's configuration."""
+    if args.teacher_load:
+        return OnlineTeacher(args, model)
+    return RecordedTeacher(args) if args.kd_load else None
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -112,10 +127,12 @@ def tokenizer_of(args: argparse.Namespace) -> Any:
 # Data, batch and loss ------------------------------------------------------------------------------------------------
 
 
-def datasets(samples: list[int | None], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+def datasets(
+    samples: Sequence[int | None], vp_stage: int | None = None, distillation: Distillation | None = None
+) -> Any:
     """Build the train, validation and test sets that the data flags describe, of at least so many `samples` each.
 
-    The virtual pipeline stage `vp_stage` asks for them.
+    The virtual pipeline stage `vp_stage` asks for them; where it computes the loss, `distillation` may add to them.
     """
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -143,20 +160,28 @@ def datasets(samples: list[int | None], vp_stage: int | None = None) -> tuple[An
         return bool(is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0)
 
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    sets: tuple[Any, Any, Any] = BlendedMegatronDatasetBuilder(kind, samples, built_here, config).build()
-    return sets
+    train, *others = BlendedMegatronDatasetBuilder(kind, samples, built_here, config).build()
+    if train is not None and distillation is not None and is_last_stage(vp_stage):
+        train = distillation.with_answers(train)
+    return train, *others
 
 
-datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank asks, `built_here` decides
+def is_last_stage(vp_stage: int | None) -> bool:
+    """Return whether this rank's stage computes the loss."""
+    return bool(mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage))
 
 
 def get_batch(
-    data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None, batch_size: int, whole: bool = False
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None,
+    vp_stage: int | None,
+    batch_size: int,
+    whole: bool = False,
+    distillation: Distillation | None = None,
 ) -> dict[str, Any]:
     """Return this rank's part of the next micro batch; values are `[batch, sequence]`, none on middle pipeline stages.
 
     The micro batch is of `batch_size` sequences. The first stage has the tokens and the last one the labels; `whole`
-    gives both of them all.
+    gives both of them all. `distillation` adds to the batch of the last one.
     """
     args = get_args()
     if not is_first_or_last_pipeline_stage(vp_stage):
@@ -180,23 +205,31 @@ def get_batch(
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=1 if whole else args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        is_pipeline_last_stage=is_last_stage(vp_stage),
     )
+    if distillation is not None and is_last_stage(vp_stage):
+        batch = distillation.completed(batch, batch_size)
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     return batch
 
 
-def forward_step(data_iterator: Any, model: Any, distillation: Any = None) -> tuple[torch.Tensor, Callable[..., Any]]:
+def forward_step(
+    data_iterator: Any, model: Any, distillation: Distillation | None = None
+) -> tuple[torch.Tensor, Callable[..., Any]]:
     """Take one micro batch through this stage: return its output, and the function that makes the last stage's loss.
 
-    With a teacher the loss in training is that of `distillation`; validation has the language-model loss as ever.
+    With a teacher the loss is that of `distillation`. Validation has the language-model loss alone where there are no
+    answers to its text.
     """
     args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
     size = args.micro_batch_size if model.training else args.eval_micro_batch_size
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), size, whole=distillation is not None)
+    if distillation is not None and not (model.training or distillation.validates):
+        distillation = None
+    whole = distillation is not None and distillation.whole
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), size, whole, distillation)
     timers("batch-generator").stop()
-    taught = distillation.of(batch) if distillation is not None and model.training else {}
+    taught = distillation.of(batch) if distillation is not None else {}
     output = model(
         batch.get("tokens"),
         batch.get("position_ids"),
@@ -204,7 +237,7 @@ def forward_step(data_iterator: Any, model: Any, distillation: Any = None) -> tu
         labels=batch.get("labels"),
         **taught,
     )
-    loss = functools.partial(distillation.loss, token_loss) if taught else token_loss
+    loss = functools.partial(distillation.loss, token_loss) if distillation is not None and taught else token_loss
     return output, functools.partial(loss, batch.get("loss_mask"))  # type: ignore[arg-type]  # None where no loss is
 
 

@@ -6,7 +6,9 @@
 #   LOAD_PATH=llama-7b-tp8 SAVE_PATH=recovered DATA_PATH="0.7 pile_a_text_document 0.3 pile_b_text_document" \
 #   GPUS_PER_NODE=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 bash scripts/check_model.sh
 #
-# TEACHER_LOAD=llama-13b-hf learns the distribution of that model, of any format, shape and layout, on top.
+# TEACHER_LOAD=llama-13b-hf learns the distribution of that model, of any format, shape and layout, on top. With
+# TEACHER_SAVE=answers the same command trains nothing: it has the teacher read the whole text, in any layout, and keeps
+# its likeliest tokens; KD_LOAD=answers then learns from them, in any layout, and the teacher takes neither time nor memory.
 # Further flags of pretrain_gpt.py (all of Megatron's) may follow and win over those given here.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -36,8 +38,11 @@ TOKENIZER_TYPE=${TOKENIZER_TYPE:-}             # Megatron's name of its kind; em
 TENSORBOARD_PATH=${TENSORBOARD_PATH:-$SAVE_PATH/tensorboard}
 VERBOSE=${VERBOSE:-}                           # 1: Megatron's whole output here; empty: it goes to SAVE_PATH/logs
 TEACHER_LOAD=${TEACHER_LOAD:-}                 # distillation: the unpruned model, e.g. $RUNS/parent; empty: none
+TEACHER_SAVE=${TEACHER_SAVE:-}                 # record the teacher to this directory; empty: train
+KD_LOAD=${KD_LOAD:-}                           # learn from what was recorded, instead of TEACHER_LOAD
+KD_TOP_K=${KD_TOP_K:-256}                      # tokens of which the recorded probabilities are kept
 KD_ALPHA=${KD_ALPHA:-1.0}                      # share of the distillation loss; the rest is the language-model loss
-KD_TEMPERATURE=${KD_TEMPERATURE:-1.0}
+KD_TEMPERATURE=${KD_TEMPERATURE:-}             # divides both models' logits; empty: 1, or what was recorded
 DTYPE=${DTYPE:-}                               # bf16, fp16 or fp32; empty: bf16 on GPUs, fp32 without
 DISTRIBUTED_OPTIMIZER=${DISTRIBUTED_OPTIMIZER:-auto} # 1 or 0; auto: where GPUs hold several copies and it can resume
 # The hyper-parameters of the reference's 13B -> 7B recovery: 4.2M tokens a step, 20B in all.
@@ -58,6 +63,11 @@ LOG_INTERVAL=${LOG_INTERVAL:-1}
 source "$HERE/scripts/common.sh"
 
 [ -n "$DATA_PATH" ] || die "DATA_PATH is empty: name the prefix of a .bin and .idx that tools/preprocess_data.py made"
+if [ -n "$TEACHER_SAVE" ]; then # the model is the teacher, then
+    [ -z "$KD_LOAD" ] || die "TEACHER_SAVE records a teacher and KD_LOAD learns from one: name one of them"
+    LOAD_PATH=${TEACHER_LOAD:?TEACHER_SAVE records a teacher: name it in TEACHER_LOAD}
+    TEACHER_LOAD=
+fi
 [ -d "$LOAD_PATH" ] || die "LOAD_PATH $LOAD_PATH: no such directory; scripts/prune_llama.sh makes it"
 
 [ "$LR_WARMUP_ITERS" -lt "$TRAIN_ITERS" ] ||
@@ -131,16 +141,25 @@ tokenizer=()
 [ -z "$TOKENIZER_MODEL" ] || tokenizer+=(--tokenizer-model "$TOKENIZER_MODEL")
 
 teacher=()
-[ -z "$TEACHER_LOAD" ] || teacher=(--teacher-load "$TEACHER_LOAD" --kd-alpha "$KD_ALPHA" --kd-temperature "$KD_TEMPERATURE")
+[ -z "$TEACHER_LOAD" ] || teacher+=(--teacher-load "$TEACHER_LOAD")
+[ -z "$KD_LOAD" ] || teacher+=(--kd-load "$KD_LOAD")
+[ -z "$TEACHER_LOAD$KD_LOAD" ] || teacher+=(--kd-alpha "$KD_ALPHA")
+[ -z "$KD_TEMPERATURE" ] || [ -z "$TEACHER_LOAD$KD_LOAD$TEACHER_SAVE" ] || teacher+=(--kd-temperature "$KD_TEMPERATURE")
+where=(--load "$SAVE_PATH" --save "$SAVE_PATH" --tensorboard-dir "$TENSORBOARD_PATH")
+what="training of $LOAD_PATH" saves="saves every $SAVE_INTERVAL steps to $SAVE_PATH" logs=$SAVE_PATH/logs
+if [ -n "$TEACHER_SAVE" ]; then
+    teacher+=(--kd-save "$TEACHER_SAVE" --kd-top-k "$KD_TOP_K")
+    where=() what="recording of $LOAD_PATH" saves="keeps its answers in $TEACHER_SAVE" logs=$TEACHER_SAVE/logs
+fi
 
 launcher "$GPUS_PER_NODE" "$ROOT/pretrain_gpt.py" "${model[@]}" "${device[@]}" "${data[@]}" "${teacher[@]}" \
-    "${tokenizer[@]}" --load "$SAVE_PATH" --pretrained-checkpoint "$LOAD_PATH" --save "$SAVE_PATH" \
+    "${tokenizer[@]}" "${where[@]}" --pretrained-checkpoint "$LOAD_PATH" \
     --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" \
     --train-iters "$TRAIN_ITERS" --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine \
     --lr-warmup-iters "$LR_WARMUP_ITERS" --weight-decay "$WEIGHT_DECAY" --clip-grad "$CLIP_GRAD" \
     --adam-beta1 0.9 --adam-beta2 0.95 --calculate-per-token-loss \
     --save-interval "$SAVE_INTERVAL" --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" \
-    --log-interval "$LOG_INTERVAL" --tensorboard-dir "$TENSORBOARD_PATH" "$@"
+    --log-interval "$LOG_INTERVAL" "$@"
 [ -z "$VERBOSE" ] || exec "${command[@]}"
-echo "training of $LOAD_PATH by $processes process$([ "$processes" = 1 ] || echo es); saves every $SAVE_INTERVAL steps to $SAVE_PATH"
-exec "$PYTHON" "$ROOT/tools/watch_training.py" --log "$SAVE_PATH/logs/node-${NODE_RANK:-0}.log" -- "${command[@]}"
+echo "$what by $processes process$([ "$processes" = 1 ] || echo es); $saves"
+exec "$PYTHON" "$ROOT/tools/watch_training.py" --log "$logs/node-${NODE_RANK:-0}.log" -- "${command[@]}"

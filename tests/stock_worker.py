@@ -176,6 +176,7 @@ if __name__ == "__main__":
     read_sources_once()
     # The tokens of a test, too, are to be more than are taken at once.
     importlib.import_module(f"{ours}.divergence")._FP32_VALUES = 1000
+    importlib.import_module(f"{ours}.teacher_cache").FILE_BYTES = 4_000
     # A map takes as long as the rest of such a model's pruning; test_pruning.py has one drawn.
     importlib.import_module("prune_llama").plan_figure = lambda plan: b""
 

@@ -45,25 +45,34 @@ CASES = {  # temperature, scale of the logits, their dtype
     "large": (1.0, 400.0, torch.float32),
     "bf16": (2.0, 4.0, torch.bfloat16),
 }
+KEPT = (1, 4, WORDS)  # of the teacher's likeliest tokens
 MASK = torch.tensor([[1.0, 0.0, 1.0]] * TOKENS[0])
 
 
 def divergence_of_rank(rank: int, ranks: int, store: str, answers: Any) -> None:
-    """Be one of the tensor-parallel ranks: put each case's divergence and this rank's gradient into `answers`."""
-    from megatron.pruning.training.divergence import VocabParallelKL
+    """Be one of the tensor-parallel ranks: put each case's divergence and this rank's gradient into `answers`.
+
+    They are those of the whole vocabulary, and of the K likeliest tokens and the rest.
+    """
+    from megatron.pruning.training.divergence import TopKKL, VocabParallelKL, top_k
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    found = {}
+    found, everyone = {}, torch.distributed.group.WORLD
     for name, (temperature, scale, dtype) in CASES.items():
         student, teacher = (part.chunk(ranks, -1)[rank] for part in logits(scale, dtype))
-        student = student.clone().requires_grad_()
-        before = student.detach().clone(), teacher.clone()
-        divergence = VocabParallelKL.apply(student, teacher, temperature, WORDS, torch.distributed.group.WORLD)
-        (divergence * MASK).sum().backward()
-        assert torch.equal(student, before[0]) and torch.equal(teacher, before[1]), "the logits were written over"
-        assert divergence.dtype == torch.float32 and student.grad is not None and student.grad.dtype == dtype
-        found[name] = divergence.detach().double().tolist(), student.grad.double().tolist()
+        for k in (None, *KEPT):
+            leaf = student.clone().requires_grad_()
+            before = student.clone(), teacher.clone()
+            if k is None:
+                divergence = VocabParallelKL.apply(leaf, teacher, temperature, WORDS, everyone)
+            else:
+                kept = top_k(teacher, k, temperature, WORDS, everyone)
+                divergence = TopKKL.apply(leaf, *kept, temperature, WORDS, everyone)
+            (divergence * MASK).sum().backward()
+            assert torch.equal(leaf, before[0]) and torch.equal(teacher, before[1]), "the logits were written over"
+            assert divergence.dtype == torch.float32 and leaf.grad is not None and leaf.grad.dtype == dtype
+            found[name, k] = divergence.detach().double().tolist(), leaf.grad.double().tolist()
     answers.put((rank, found))
 
 
@@ -87,24 +96,31 @@ def divergences(request: pytest.FixtureRequest) -> list[dict[str, tuple[Any, Any
     return [found[rank] for rank in range(ranks)]
 
 
+@pytest.mark.parametrize("k", [None, *KEPT])
 @pytest.mark.parametrize("case", CASES)
-def test_divergence_and_gradient_are_those_of_the_whole_vocabulary_in_float64(
-    case: str, divergences: list[dict[str, tuple[Any, Any]]]
+def test_divergence_and_gradient_are_those_of_float64(
+    case: str, k: int | None, divergences: list[dict[tuple[str, int | None], tuple[Any, Any]]]
 ) -> None:
     temperature, scale, dtype = CASES[case]
     student, teacher = (part.double() for part in logits(scale, dtype))
     student.requires_grad_()
-    p, q = (part[..., :WORDS] / temperature for part in (teacher, student))
-    wanted = temperature**2 * (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
+    p, q = ((part[..., :WORDS] / temperature).log_softmax(-1) for part in (teacher, student))
+    if k is not None:  # the others as one
+        best = p.topk(k, -1).indices
+        others = torch.ones_like(p, dtype=torch.bool).scatter(-1, best, False)
+        p, q = (
+            torch.cat([part.gather(-1, best), part.masked_fill(~others, -torch.inf).logsumexp(-1, keepdim=True)], -1)
+            for part in (p, q)
+        )
+    wanted = temperature**2 * torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
     (wanted * MASK).sum().backward()
-    gradient = torch.cat([torch.tensor(found[case][1], dtype=torch.float64) for found in divergences], -1)
+    gradient = torch.cat([torch.tensor(found[case, k][1], dtype=torch.float64) for found in divergences], -1)
     rounding = 1e-6 if dtype == torch.float32 else 4e-3  # of the gradient, which has the logits' dtype
     torch.testing.assert_close(gradient, student.grad, rtol=rounding, atol=rounding)
-    assert not gradient[:, 1].any() and not gradient[..., WORDS:].any(), "masked tokens and padding must have none"
     for found in divergences:
-        torch.testing.assert_close(
-            torch.tensor(found[case][0], dtype=torch.float64), wanted.detach(), rtol=2e-6, atol=2e-6
-        )
+        value = torch.tensor(found[case, k][0], dtype=torch.float64)
+        torch.testing.assert_close(value, wanted.detach(), rtol=2e-6, atol=5e-6)
+    assert not gradient[:, 1].any() and not gradient[..., WORDS:].any(), "masked tokens and padding must have none"
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -230,10 +246,10 @@ def test_first_step_has_the_losses_and_the_gradient_of_a_float64_reference(
         assert found.values(what)[1] == pytest.approx(value, rel=bound, abs=printed), what
 
 
-def test_validation_has_the_lm_loss_alone(first: dict[str, Run]) -> None:
+def test_validation_has_both_losses(first: dict[str, Run]) -> None:
     for name in LAYOUTS:
         (line,) = [line for line in first[name].log.splitlines() if "validation loss at iteration 1 " in line][:1]
-        assert "lm loss value" in line and "kd loss" not in line
+        assert "lm loss value" in line and "kd loss value" in line
     assert "kd loss" not in first["alone"].log
 
 
@@ -292,8 +308,8 @@ def test_mistakes_are_refused_in_one_sentence(loop: StockLoop) -> None:
         "--teacher-load empty": "--teacher-load empty is not a checkpoint: it has neither",
         "--teacher-load hf --kd-alpha 1.5": "--kd-alpha 1.5 must lie between 0 (lm loss alone) and 1 (kd loss alone)",
         "--teacher-load hf --kd-temperature 0": "--kd-temperature 0.0 must be a number above 0",
-        "--logits-load-dir cached": "--logits-load-dir: cached logits are not learned from here, give --teacher-load",
-        "--kd-alpha 0.5": "--kd-alpha needs a teacher: give --teacher-load",
+        "--logits-load-dir cached": "--logits-load-dir: Megatron's cached logits are not learned from here",
+        "--kd-alpha 0.5": "--kd-alpha needs a teacher: give --teacher-load or --kd-load",
     }
     names = {f"mistake{number}": flags for number, flags in enumerate(sentences)}
     cases = [case(name, flags) for name, flags in names.items()]

@@ -34,7 +34,9 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signa
 _PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 # What is shown as it stands, and what is said shorter.
-_SHOWN = re.compile(r"(\[rank \d+\] )?(error|note|warning): |no checkpoint in .* yet: |teacher: |.*exiting program ")
+_SHOWN = re.compile(
+    r"(\[rank \d+\] )?(error|note|warning): |no checkpoint in .* yet: |teacher: |recording |.*exiting program "
+)
 _LOADED = re.compile(r"\s*(?:successfully loaded checkpoint|weights loaded) from (.+?)(?: \[.*\])? at iteration (\d+)")
 _SAVED = re.compile(r"\s*(?:\[.*?\] )?successfully saved checkpoint from iteration +(\d+) to (.+?)(?: \[.*)?$")
 _ERROR = re.compile(r"(\[rank \d+\] )?error: ")

@@ -138,11 +138,7 @@ def _building(path: Path, need: int, check: Callable[[], None], world: World) ->
             parents = _make_parents(path)
             check()
             _tell_of_others(path)
-            free = shutil.disk_usage(path.parent).free
-            if need > free:
-                raise ValueError(
-                    f"--save {path} needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
-                )
+            require_room(path.parent, need, f"--save {path}")
             made = new_beside(path, "partial", Path.mkdir)
             hold = hold_directory(made, tell=True)
         partial = path.with_name(world.share(made.name if made else ""))
@@ -162,6 +158,13 @@ def _building(path: Path, need: int, check: Callable[[], None], world: World) ->
     finally:
         if hold >= 0:
             os.close(hold)
+
+
+def require_room(folder: Path, need: int, what: str) -> None:
+    """Raise ValueError, naming `what`, where the disk of a folder has less than `need` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise ValueError(f"{what} needs {need / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
 
 
 def _make_parents(path: Path) -> list[Path]:

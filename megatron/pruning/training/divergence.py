@@ -104,7 +104,7 @@ class TopKKL(_Divergence):
         for ours, kept, ids, rest, gap, summed in _rows(student, *parts, difference, divergence.unsqueeze(-1)):
             log_q = _padded_log_softmax(ours, mine, temperature, group)
             log_p = torch.cat([kept.float(), rest], -1).log_softmax(-1)
-            p, p_rest = log_p.exp().split([kept.shape[-1], 1], -1)
+            p, p_rest = torch.split(log_p.exp(), [kept.shape[-1], 1], -1)
             here, columns = _held(ids, offset, log_q)
             lost = torch.where(here & (p > 0), p * (log_p[:, :-1] - log_q.gather(-1, columns)), 0.0)
             q = log_q.exp_()

@@ -33,6 +33,10 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--teacher-load", metavar="DIR", help="a checkpoint of any format, shape and layout")
     group.add_argument("--kd-alpha", type=float, metavar="A", help="loss = A * kd loss + (1 - A) * lm loss (default 1)")
     group.add_argument("--kd-temperature", type=float, metavar="T", help="divides both models' logits (default 1)")
+    group.add_argument("--kd-save", metavar="DIR", help="train nothing: record the model's answers to the whole text")
+    group.add_argument("--kd-top-k", type=int, metavar="K", help="--kd-save keeps the K likeliest tokens (default 256)")
+    group.add_argument("--kd-dtype", choices=("fp16", "fp32"), help="of the recorded log-probabilities (default fp16)")
+    group.add_argument("--kd-load", metavar="DIR", help="learn from what --kd-save recorded; no teacher is loaded")
     return parser
 
 
@@ -124,18 +128,49 @@ def _refuse_warm_up(args: argparse.Namespace) -> None:
 
 
 def _refuse_distillation(args: argparse.Namespace) -> None:
-    given = [flag for flag in ("kd_alpha", "kd_temperature") if getattr(args, flag) is not None]
-    if given and args.teacher_load is None:
-        raise ValueError(f"{flag_of(given[0])} needs a teacher: give --teacher-load")
-    for flag in ("kd_alpha", "kd_temperature"):
-        if flag not in given:
-            setattr(args, flag, 1.0)
+    """Check the flags of distillation, and set those that were not given; a recorded teacher has its temperature."""
+    ways = {"--teacher-load": args.teacher_load, "--kd-load": args.kd_load, "--kd-save": args.kd_save}
+    given = [flag for flag, path in ways.items() if path is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[0]} and {given[1]} cannot be combined: leave one of them out")
+    teacher = "a teacher: give --teacher-load or --kd-load"
+    for name, needs, there in (
+        ("kd_alpha", teacher, given and not args.kd_save),
+        ("kd_temperature", teacher, given),
+        ("kd_top_k", "--kd-save", args.kd_save),
+        ("kd_dtype", "--kd-save", args.kd_save),
+    ):
+        if getattr(args, name) is not None and not there:
+            raise ValueError(f"{flag_of(name)} needs {needs}")
     if args.logits_load_dir:  # stock leaves reading them to the entry script, and would train on without a word
-        raise ValueError("--logits-load-dir: cached logits are not learned from here, give --teacher-load instead")
+        raise ValueError("--logits-load-dir: Megatron's cached logits are not learned from here, see --kd-save")
+    for name, default in {"kd_alpha": 1.0, "kd_temperature": 1.0, "kd_top_k": 256, "kd_dtype": "fp16"}.items():
+        if getattr(args, name) is None and (name != "kd_temperature" or not args.kd_load):
+            setattr(args, name, default)
+    _refuse_numbers(args)
+    if args.kd_save:
+        _refuse_recording(args)
+
+
+def _refuse_numbers(args: argparse.Namespace) -> None:
     if not 0 <= args.kd_alpha <= 1:
         raise ValueError(f"--kd-alpha {args.kd_alpha} must lie between 0 (lm loss alone) and 1 (kd loss alone)")
-    if not 0 < args.kd_temperature < math.inf:
+    if args.kd_temperature is not None and not 0 < args.kd_temperature < math.inf:
         raise ValueError(f"--kd-temperature {args.kd_temperature} must be a number above 0")
+    if args.kd_top_k < 1:
+        raise ValueError(f"--kd-top-k {args.kd_top_k} must be 1 or more")
+
+
+def _refuse_recording(args: argparse.Namespace) -> None:
+    """Check that a teacher can be recorded in this layout."""
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise ValueError("--kd-save records a checkpoint: name it with --pretrained-checkpoint")
+    virtual = (args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank)
+    if args.context_parallel_size > 1 or any(virtual):
+        raise ValueError(
+            "--kd-save cuts the teacher by tensor and pipeline parallelism alone: leave context parallelism and the "
+            "virtual pipeline out"
+        )
 
 
 @contextlib.contextmanager
