@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> None:
     with flags_refused():
         model = gpt_config(args)
         distillation = distillation_of(args, model)
-        with applied(while_training(args, model.transformer)), EndedTogether():
+        ahead = functools.partial(distillation.schedules, get_batch=get_batch) if distillation is not None else None
+        with applied(while_training(args, model.transformer, ahead)), EndedTogether():
             if args.kd_save:
                 record(args, model, datasets, get_batch)
             else:
@@ -226,8 +227,7 @@ def forward_step(
     size = args.micro_batch_size if model.training else args.eval_micro_batch_size
     if distillation is not None and not (model.training or distillation.validates):
         distillation = None
-    whole = distillation is not None and distillation.whole
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), size, whole, distillation)
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), size, distillation=distillation)
     timers("batch-generator").stop()
     taught = distillation.of(batch) if distillation is not None else {}
     output = model(

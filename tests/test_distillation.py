@@ -1,6 +1,7 @@
 """Distillation: the divergence over a cut vocabulary, and training runs in every layout, against float64 references."""
 
 import multiprocessing
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,7 @@ REFERENCES = {
     "dp2": ("tied", 1.0, 3.0, False),
     "sp2": ("torch", 0.5, 0.5, True),
     "pp2": ("torch_dist", 0.5, 1.0, False),
+    "pp2-uneven": ("tied", 1.0, 2.0, False),  # of three layers
     "bf16": ("hf", 1.0, 1.0, False),
 }
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -183,6 +185,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "dp2": {"copies": 2},
     "sp2": {"tensor": 2},
     "pp2": {"pipeline": 2},
+    "pp2-uneven": {"pipeline": 2},
     "bf16": {},
 }
 
@@ -260,6 +263,47 @@ def test_model_that_is_its_own_teacher_has_no_loss(first: dict[str, Run]) -> Non
         assert found.values("grad norm")[1] < 1e-4
 
 
+def test_teacher_is_cut_over_the_pipeline(first: dict[str, Run]) -> None:
+    """What is said is the largest part: of four layers two, and the embedding or the output layer."""
+    most = {
+        name: int(re.search(r"at most ([\d,]+) parameters on a rank", first[name].log)[1].replace(",", ""))
+        for name in ("tp1", "pp2", "tp2-pp2")
+    }
+    assert most["pp2"] < 0.51 * most["tp1"] and most["tp2-pp2"] < 0.53 * most["pp2"], most
+
+
+def test_virtual_pipeline_learns_the_same(loop: StockLoop) -> None:
+    convert(
+        make_llama(loop.folder / "four-hf", "mha", layers=4, vocab=VOCABULARY),
+        loop.folder / "four",
+        format="torch_dist",
+    )
+    model = "--num-layers 4 --pretrained-checkpoint four --teacher-load tied --eval-interval 4 --eval-iters 1"
+    runs = run(
+        loop,
+        [
+            case("flat", f"{model} --global-batch-size 4"),
+            case("virtual", f"{model} --global-batch-size 4 --num-layers-per-virtual-pipeline-stage 1", pipeline=2),
+        ],
+    )
+    for what in ("kd loss", "lm loss"):
+        assert runs["virtual"].ok().values(what) == pytest.approx(runs["flat"].ok().values(what), rel=1e-6)
+    said = [[float(loss) for loss in re.findall(r"loss value: (\S+)", each.log)] for each in runs.values()]
+    assert said[0] == pytest.approx(said[1], rel=1e-6) and len(said[0]) >= 2
+
+
+@pytest.mark.parametrize("layers,stages", [(4, 4), (30, 4), (5, 2), (9, 8), (30, 8), (13, 5), (32, 7), (8, 3)])
+def test_any_number_of_layers_is_cut(layers: int, stages: int) -> None:
+    from megatron.pruning.training.online_teacher import _split
+
+    found = _split(layers, stages)
+    ends = [found[f"decoder_{which}_pipeline_num_layers"] for which in ("first", "last") if len(found) == 2]
+    ends = ends or list(found.values())
+    rest, inner = layers - sum(ends), stages - len(ends)
+    assert rest % max(inner, 1) == 0 and min([*ends, rest // max(inner, 1)]) >= 1
+    assert max([*ends, rest // max(inner, 1)]) <= -(-layers // stages) + 1
+
+
 def state(folder: Path, name: str, step: int) -> dict[str, Any]:
     """Return what a `torch` checkpoint of one rank holds."""
     return load_whole(folder / name / f"iter_{step:07d}" / "mp_rank_00" / "model_optim_rng.pt")
@@ -313,16 +357,12 @@ def test_mistakes_are_refused_in_one_sentence(loop: StockLoop) -> None:
     }
     names = {f"mistake{number}": flags for number, flags in enumerate(sentences)}
     cases = [case(name, flags) for name, flags in names.items()]
-    stages = "--num-layers 4 --num-layers-per-virtual-pipeline-stage 1 --teacher-load hf"
-    cases.append(case("virtual", stages, pipeline=2))
     runs = run(loop, cases)
     found = {names[name]: each for name, each in runs.items() if name in names}
     for flags, sentence in sentences.items():
         assert found[flags].code == 1, (flags, found[flags].log[-2000:])
         assert sentence in found[flags].error, flags
         assert "Traceback" not in found[flags].log, flags
-    wanted = "--teacher-load cannot be combined with a virtual pipeline: leave one of them out"
-    assert wanted in runs["virtual"].error
 
 
 def test_fp16_keeps_small_differences_until_the_loss_is_scaled() -> None:

@@ -89,7 +89,7 @@ def load_start(checkpoint: Checkpoint, models: list[torch.nn.Module], optimizer:
     layout = Layout(tensor, 1, args.padded_vocab_size // tensor)  # rows of padding as the model has them
     views = rank_views(checkpoint, layout, mpu.get_tensor_model_parallel_rank(), 0)
     for model in unwrap_model(models):
-        first, held = _held_by(model, views)
+        first, held = held_by(model, views)
         expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         found = {name: held[key].shape for key, name in parameter_names(expected, held, first).items()}
         compare_weights(checkpoint.path, expected, found)
@@ -101,7 +101,7 @@ def load_start(checkpoint: Checkpoint, models: list[torch.nn.Module], optimizer:
     return 0, 0
 
 
-def _held_by(model: Any, views: Views) -> tuple[int, Views]:
+def held_by(model: Any, views: Views) -> tuple[int, Views]:
     """Return the global number of the first layer of a stage, and what the stage holds of all layers' views."""
     layers = [layer.layer_number - 1 for layer in model.decoder.layers]
     rows = [*(FIRST if model.pre_process else ()), *(LAST if model.post_process else ())]

@@ -22,7 +22,6 @@ from megatron.training import get_tokenizer
 class Distillation(ABC):
     """The loss that a teacher makes; `alpha` is its share, `vocab` the size of the vocabulary without padding."""
 
-    whole = False  # does every stage that computes anything need all of a batch?
     validates = False  # are there answers to the text of the validation, too?
 
     def __init__(self, alpha: float, temperature: float, vocab: int) -> None:
@@ -35,6 +34,10 @@ class Distillation(ABC):
     def completed(self, batch: dict[str, Any], size: int) -> dict[str, Any]:
         """Return a batch of `size` sequences of the last stage with what `of` takes, on all tensor-parallel ranks."""
         return batch
+
+    def schedules(self, choose: Callable[..., Any], get_batch: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what is to choose the schedule of a step in the place of `choose`, Megatron's; `get_batch` is ours."""
+        return choose
 
     @abstractmethod
     def of(self, batch: dict[str, Any]) -> dict[str, Any]:

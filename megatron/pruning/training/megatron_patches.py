@@ -57,9 +57,21 @@ def while_publishing(tokenizer: Any) -> list[Patch]:
     return [Patch(global_vars, "build_tokenizer", lambda args: tokenizer, why)]
 
 
-def while_training(args: argparse.Namespace, config: TransformerConfig) -> list[Patch]:
-    """Return the rows that hold while the stock loop trains a model of this configuration."""
+def while_training(
+    args: argparse.Namespace, config: TransformerConfig, schedules: Callable[..., Any] | None = None
+) -> list[Patch]:
+    """Return the rows that hold while the stock loop trains a model of this configuration.
+
+    `schedules` makes of Megatron's function that chooses the schedule of a step another.
+    """
     return [
+        Patch(
+            training,
+            "get_forward_backward_func",
+            schedules and schedules(training.get_forward_backward_func),
+            why="A teacher that is cut over the pipeline reads the text of a step before the student does.",
+            needed=schedules is not None,
+        ),
         Patch(
             training,
             "load_checkpoint",
