@@ -119,6 +119,7 @@ def test_recording_goes_on_where_it_was_killed(loop: StockLoop, recorded: dict[s
     loop.run_all([again])["record-part"].ok()
     assert digests(part) == digests(whole)
     assert files[0].stat().st_mtime_ns == kept, "what was there was recorded again"
+    assert files[1].stat().st_mode == (part / "teacher.json").stat().st_mode, "as readable as any file"
 
 
 def test_mistakes_are_refused_in_one_sentence(loop: StockLoop, recorded: dict[str, Run]) -> None:

@@ -25,9 +25,9 @@ from typing import Any
 import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from megatron.pruning.storage.small_files import as_json, new_file_beside, parse_as, read_small, replace_durably
+from megatron.pruning.storage.small_files import as_json, parse_as, read_small, replace_durably
 
 FACTS = "teacher.json"
 FILE_BYTES = 2**28  # of a file, about
@@ -154,16 +154,7 @@ class TeacherCache:
         }
         tensors = {name: np.ascontiguousarray(kept[name].astype(dtype)) for name, (dtype, _) in self._tensors()}
         tensors["digest"] = np.stack([digest(text) for text in texts])
-        path = self.file(number)
-        aside = new_file_beside(path)
-        try:
-            save_file(tensors, aside)
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            aside.rename(path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        replace_durably(self.file(number), save(tensors))
 
     def read(self, sample: int, text: np.ndarray) -> dict[str, np.ndarray]:
         """Return what the teacher answered to a sample, whose tokens are `text`, `[sequence]`.
