@@ -39,7 +39,7 @@ from experiment import (
 )
 
 KEPT = (16, 64, 256, 1024)
-LM, ALONG = "LM loss", "teacher reads along"
+LM, ALONG, HIDDEN = "LM loss", "teacher reads along", "teacher reads along, hidden states"
 SEEDS, STEPS, MARKS = (1, 2, 3), 300, (100, 200, 300)
 RATES = {LM: 2e-3}  # those that benchmarks/recovery.py finds best; of distillation twice as large
 WARM_UP = 3  # steps that are not timed
@@ -59,7 +59,7 @@ class Loss:
     def arm(self, name: str, seed: int, flags: tuple[str, ...]) -> dict[int, float]:
         """Return the validation loss after each mark."""
         lr = RATES.get(name, 4e-3)
-        run = Run(f"{name.replace(' ', '_')}-{seed}", self.start, STEPS, lr, seed, MARKS, flags)
+        run = Run(f"{name.replace(', ', '-').replace(' ', '_')}-{seed}", self.start, STEPS, lr, seed, MARKS, flags)
         return self.experiment.train([run])[run.name]
 
     def recorded(self, k: int, seed: int) -> dict[int, float]:
@@ -84,6 +84,7 @@ class Loss:
             found.setdefault(LM, []).append(self.arm(LM, seed, ()))
             along = ("--teacher-load", str(self.experiment.parent))
             found.setdefault(ALONG, []).append(self.arm(ALONG, seed, along))
+            found.setdefault(HIDDEN, []).append(self.arm(HIDDEN, seed, (*along, "--kd-hidden", "1")))
             for k in KEPT:
                 found.setdefault(f"K = {k}", []).append(self.recorded(k, seed))
         tokens = self.experiment.sequence * self.experiment.batch

@@ -1,10 +1,11 @@
 """Distillation: the model in training learns the distribution that a teacher gives to every next token.
 
     kd loss = temperature^2 * KL(softmax(teacher / temperature) || softmax(student / temperature)), in nats per token
-    loss    = alpha * kd loss + (1 - alpha) * lm loss
+    loss    = alpha * kd loss + (1 - alpha) * lm loss, and where it is asked for a share of the hidden loss
 
 That is forward KL, with alpha 1 the recovery of Minitron (arXiv 2407.14679, table 15); the factor temperature^2 keeps
-the gradient's size (arXiv 1503.02531, section 2). How it is computed is in divergence.py.
+the gradient's size (arXiv 1503.02531, section 2). How it is computed is in divergence.py; the hidden loss
+is in hidden_loss.py.
 
 A teacher reads every batch beside the student (online_teacher.py), or has read the text of the whole training before,
 and its likeliest tokens were kept (record_teacher.py, recorded_teacher.py).
@@ -22,6 +23,7 @@ from megatron.training import get_tokenizer
 class Distillation(ABC):
     """The loss that a teacher makes; `alpha` is its share, `vocab` the size of the vocabulary without padding."""
 
+    hidden = 0.0  # share of the hidden loss
     validates = False  # are there answers to the text of the validation, too?
 
     def __init__(self, alpha: float, temperature: float, vocab: int) -> None:
@@ -50,31 +52,41 @@ class Distillation(ABC):
     def divergence(self, student: torch.Tensor, answers: Any) -> torch.Tensor:
         """Return the kd loss of every token, `[sequence, batch]`, of the student's logits on this rank."""
 
+    def hidden_loss(self, student: torch.Tensor, answers: Any) -> torch.Tensor:
+        """Return the hidden loss of every token, `[sequence, batch]`, of what the student's final norm gives."""
+        raise NotImplementedError
+
     def _losses(self, context: Any, labels: torch.Tensor, **student: Any) -> torch.Tensor:
-        """Return the lm loss and the kd loss of every token, `[2, batch, sequence]`; GPTModel calls it at its end.
+        """Return lm loss, kd loss and any hidden loss of every token, `[2 or 3, batch, sequence]`.
+
+        GPTModel calls it at its end.
 
         `context` has the teacher's answers, `labels` are the next tokens, `[batch, sequence]`, and `student` is what
         else GPTModel gives, see `logits_of`.
         """
         logits = logits_of(**student)
+        more = [self.hidden_loss(student["hidden_states"], context)] if self.hidden else []
         kd = self.divergence(logits, context)
         # Second, since Megatron's cross entropy writes over the logits; and for the log alone, when alpha is 1.
         with torch.set_grad_enabled(self.alpha < 1 and torch.is_grad_enabled()):
             lm = student["compute_language_model_loss"](labels, logits if self.alpha < 1 else logits.detach())
-        return torch.stack([lm.float(), kd.transpose(0, 1)])
+        return torch.stack([lm.float(), *(loss.transpose(0, 1) for loss in (kd, *more))])
 
     def loss(
         self, token_loss: Callable[..., Any], loss_mask: torch.Tensor, losses: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss to train on, summed over the tokens that count, their number, and both losses for the log.
+        """Return the loss to train on, summed over the tokens that count, their number, and all losses for the log.
 
         `token_loss` sums one kind of loss over the tokens where `loss_mask`, `[batch, sequence]`, is 1.0; `losses` is
-        what the student's forward pass gave, `[2, batch, sequence]`.
+        what the student's forward pass gave.
         """
-        lm, _, lm_report = token_loss(loss_mask, losses[0])
-        kd, tokens, kd_report = token_loss(loss_mask, losses[1])
+        sums = [token_loss(loss_mask, each) for each in losses]
+        (lm, *_), (kd, tokens, _), *hidden = sums
         loss = self.alpha * kd + (1 - self.alpha) * lm if self.alpha < 1 else kd
-        return loss, tokens, {"lm loss": lm_report["lm loss"], "kd loss": kd_report["lm loss"]}
+        for each, *_ in hidden:
+            loss = loss + self.hidden * each
+        names = ("lm loss", "kd loss", "hidden loss")
+        return loss, tokens, {name: report["lm loss"] for name, (_, _, report) in zip(names, sums, strict=False)}
 
 
 def logits_of(

@@ -33,6 +33,7 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--teacher-load", metavar="DIR", help="a checkpoint of any format, shape and layout")
     group.add_argument("--kd-alpha", type=float, metavar="A", help="loss = A * kd loss + (1 - A) * lm loss (default 1)")
     group.add_argument("--kd-temperature", type=float, metavar="T", help="divides both models' logits (default 1)")
+    group.add_argument("--kd-hidden", type=float, metavar="A", help="adds A * (1 - cos) of the last hidden states")
     group.add_argument("--kd-save", metavar="DIR", help="train nothing: record the model's answers to the whole text")
     group.add_argument("--kd-top-k", type=int, metavar="K", help="--kd-save keeps the K likeliest tokens (default 256)")
     group.add_argument("--kd-dtype", choices=("fp16", "fp32"), help="of the recorded log-probabilities (default fp16)")
@@ -137,6 +138,8 @@ def _refuse_distillation(args: argparse.Namespace) -> None:
     for name, needs, there in (
         ("kd_alpha", teacher, given and not args.kd_save),
         ("kd_temperature", teacher, given),
+        ("kd_hidden", "a teacher that reads along: give --teacher-load", args.teacher_load),
+        ("kd_hidden", "--pretrained-checkpoint, the model as it was pruned", args.pretrained_checkpoint),
         ("kd_top_k", "--kd-save", args.kd_save),
         ("kd_dtype", "--kd-save", args.kd_save),
     ):
@@ -144,7 +147,8 @@ def _refuse_distillation(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag_of(name)} needs {needs}")
     if args.logits_load_dir:  # stock leaves reading them to the entry script, and would train on without a word
         raise ValueError("--logits-load-dir: Megatron's cached logits are not learned from here, see --kd-save")
-    for name, default in {"kd_alpha": 1.0, "kd_temperature": 1.0, "kd_top_k": 256, "kd_dtype": "fp16"}.items():
+    defaults = {"kd_alpha": 1.0, "kd_temperature": 1.0, "kd_hidden": 0.0, "kd_top_k": 256, "kd_dtype": "fp16"}
+    for name, default in defaults.items():
         if getattr(args, name) is None and (name != "kd_temperature" or not args.kd_load):
             setattr(args, name, default)
     _refuse_numbers(args)
@@ -157,6 +161,8 @@ def _refuse_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"--kd-alpha {args.kd_alpha} must lie between 0 (lm loss alone) and 1 (kd loss alone)")
     if args.kd_temperature is not None and not 0 < args.kd_temperature < math.inf:
         raise ValueError(f"--kd-temperature {args.kd_temperature} must be a number above 0")
+    if not 0 <= args.kd_hidden < math.inf:
+        raise ValueError(f"--kd-hidden {args.kd_hidden} must be 0 or above")
     if args.kd_top_k < 1:
         raise ValueError(f"--kd-top-k {args.kd_top_k} must be 1 or more")
 

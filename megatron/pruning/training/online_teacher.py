@@ -13,7 +13,7 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import mpu
@@ -28,6 +28,7 @@ from megatron.pruning.model.layout import Layout
 from megatron.pruning.training.direct_start import held_by, open_named
 from megatron.pruning.training.distillation import Distillation, logits_of, vocabulary_of
 from megatron.pruning.training.divergence import VocabParallelKL
+from megatron.pruning.training.hidden_loss import HiddenLoss
 from megatron.pruning.training.stock_model import load_weights, model_config
 
 # Flags of the student that do not hold for a teacher, which has a pipeline of its own and is never trained.
@@ -59,6 +60,16 @@ _TEACHER_ARGS: dict[str, Any] = {
 }
 
 
+class Answer(NamedTuple):
+    """What the teacher made of a micro batch.
+
+    It is what its final norm gives, `[sequence, batch, hidden]`, and how this rank's logits are made of that.
+    """
+
+    hidden_states: torch.Tensor
+    logits: Callable[[], torch.Tensor]
+
+
 class OnlineTeacher(Distillation):
     """The teacher of --teacher-load, built right after the student is. `args` are all flags, `model` is the student.
 
@@ -83,7 +94,9 @@ class OnlineTeacher(Distillation):
         split = _split(self.checkpoint.config.num_layers, self.pipeline)
         self.config = model_config(self.checkpoint.config, layout, args, {**_TEACHER_ARGS, **split})
         self.teacher: Any = None
-        self.answers: deque[Callable[[], torch.Tensor]] = deque()  # to micro batches that the student has yet to read
+        self.hidden, self.student = args.kd_hidden, args.pretrained_checkpoint
+        self.hidden_loss_of: HiddenLoss | None = None
+        self.answers: deque[Answer] = deque()  # to micro batches that the student has yet to read
         model.post_wrap_hooks.append(self._build)
 
     def _build(self, models: list[Any]) -> list[Any]:
@@ -98,6 +111,10 @@ class OnlineTeacher(Distillation):
         start, views = held_by(teacher, rank_views(self.checkpoint, layout, mpu.get_tensor_model_parallel_rank(), 0))
         load_weights(teacher, views, start)
         self.teacher = teacher.requires_grad_(False).eval()
+        if self.hidden and last:
+            student = open_named("--pretrained-checkpoint", self.student)
+            device = next(teacher.parameters()).device
+            self.hidden_loss_of = HiddenLoss(self.checkpoint, student, self.vocab, device)
         most = torch.tensor(sum(parameter.numel() for parameter in teacher.parameters()), device="cuda")
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         print_rank_0(f"teacher: {self.checkpoint}, at most {int(most):,} parameters on a rank")
@@ -151,8 +168,8 @@ class OnlineTeacher(Distillation):
         return output
 
     def _keep(self, hidden_states: torch.Tensor, **more: Any) -> torch.Tensor:
-        """Keep how a micro batch's logits are made, until the student has its own."""
-        self.answers.append(functools.partial(logits_of, hidden_states, **more))
+        """Keep of a micro batch how its logits are made, until the student has its own."""
+        self.answers.append(Answer(hidden_states, functools.partial(logits_of, hidden_states, **more)))
         return hidden_states
 
     def of(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -165,12 +182,17 @@ class OnlineTeacher(Distillation):
         return {"output_processor": self._losses, "output_processor_context": self.answers.popleft()}
 
     def divergence(self, student: torch.Tensor, answers: Any) -> torch.Tensor:
-        """Return the divergence over the whole vocabulary; `answers` gives the teacher's logits, like the student's."""
+        """Return the divergence over the whole vocabulary; `answers` are an `Answer`."""
         with torch.no_grad():
-            teacher = answers()
+            teacher = answers.logits()
         group = mpu.get_tensor_model_parallel_group()
         kd: torch.Tensor = VocabParallelKL.apply(student, teacher, self.temperature, self.vocab, group)  # type: ignore[no-untyped-call]
         return kd
+
+    def hidden_loss(self, student: torch.Tensor, answers: Any) -> torch.Tensor:
+        """Return the hidden loss of every token."""
+        assert self.hidden_loss_of is not None
+        return self.hidden_loss_of(student, answers.hidden_states, self.config.transformer.sequence_parallel)
 
 
 def _split(layers: int, stages: int) -> dict[str, int]:
