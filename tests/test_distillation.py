@@ -2,6 +2,8 @@
 
 import multiprocessing
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import environment
 from helpers import convert, load_whole, make_llama, write_repeated
 from stock_loop import Run, StockLoop
 from transformers import AutoModelForCausalLM
@@ -383,3 +386,36 @@ def test_fp16_keeps_small_differences_until_the_loss_is_scaled() -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-3
+
+
+MEMORY = """
+import torch
+from megatron.pruning.training import divergence
+
+def peak(name):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+divergence._FP32_VALUES = 2**20
+for kind in ("all", "top"):
+    student, teacher = (torch.empty(512, 2, 32000, dtype=torch.bfloat16).normal_() for _ in range(2))
+    student.requires_grad_()
+    everyone, before = torch.distributed.group.WORLD, peak("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")
+    if kind == "all":
+        loss = divergence.VocabParallelKL.apply(student, teacher, 1.0, 32000, everyone)
+    else:
+        kept = divergence.top_k(teacher, 64, 1.0, 32000, everyone)
+        loss = divergence.TopKKL.apply(student, *kept, 1.0, 32000, everyone)
+    loss.sum().backward()
+    print((peak("VmHWM") - before) / (2 * student.nbytes))
+"""
+
+
+def test_divergence_takes_about_as_much_memory_as_the_logits_of_both_models() -> None:
+    """Beyond these, that is; one half of it is the gradient."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], env=environment(), text=True, capture_output=True, check=True)
+    found = [float(line) for line in done.stdout.split()]
+    assert len(found) == 2 and 0.4 < min(found) and max(found) < 1.2, found

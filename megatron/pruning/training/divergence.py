@@ -33,16 +33,21 @@ class TopK(NamedTuple):
 class _Divergence(torch.autograd.Function):
     """temperature^2 times a divergence in nats, `[...]` in fp32 and the same on every rank, and its gradient.
 
-    The gradient is temperature * (softmax(student / temperature) - what the teacher gives of it), and saved with the
-    divergence: it takes the place of the student's logits in memory.
+    The gradient is temperature * (softmax(student / temperature) - what the teacher gives of it). All of it but the
+    factor is made with the divergence, while both models' logits are there.
     """
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the student's logits, the first argument."""
+        """Return the gradient of the student's logits, the first argument.
+
+        It takes the place of what was saved, so that it can be had once.
+        """
         (difference,) = ctx.saved_tensors
+        gradient = difference if difference.dtype == ctx.dtype else torch.empty_like(difference, dtype=ctx.dtype)
         factor = gradients[0].unsqueeze(-1) * ctx.temperature
-        gradient = torch.mul(difference, factor, out=torch.empty_like(difference, dtype=ctx.dtype))
+        for gap, factors, part in _rows(difference, factor, gradient):
+            part.copy_(gap * factors)
         return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
 
     @staticmethod
