@@ -45,7 +45,7 @@ class _Divergence(torch.autograd.Function):
         """
         (difference,) = ctx.saved_tensors
         gradient = difference if difference.dtype == ctx.dtype else torch.empty_like(difference, dtype=ctx.dtype)
-        factor = gradients[0].unsqueeze(-1) * ctx.temperature
+        factor = (gradients[0] * ctx.temperature).contiguous().unsqueeze(-1)
         for gap, factors, part in _rows(difference, factor, gradient):
             part.copy_(gap * factors)
         return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
