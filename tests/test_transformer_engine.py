@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from helpers import make_llama
 from stock_loop import Run, StockLoop
 from test_training import DATA, MODEL, TRAINING, folder  # noqa: F401 - a fixture
 
@@ -77,3 +78,27 @@ def test_a_cluster_trains_and_resumes_as_one_rank_does(whole: dict[str, Run], en
     again = engine.run("again", f"{words} {LAYOUT} {flags} --load cluster --ckpt-step 4", ranks=4, gpu=True).ok()
     assert four.losses == pytest.approx(one.losses, abs=0.02) and len(one.losses) == 8
     assert {step: again.losses[step] for step in (7, 8)} == {step: four.losses[step] for step in (7, 8)}
+
+
+def test_a_teacher_is_learned_from_in_its_layers(
+    gqa: Path,
+    folder: Path,  # noqa: F811
+    local: StockLoop,
+    engine: StockLoop,
+) -> None:
+    """One that reads along, cut over the pipeline, and one that was recorded by tensor-parallel ranks."""
+    teacher = make_llama(folder / "teacher", "mha", layers=3)
+    save_checkpoint(open_checkpoint(gqa), folder / "student", format="torch_dist", layout=Layout(1, 1, 32))
+    save_checkpoint(open_checkpoint(teacher), folder / "teacher-dist", format="torch_dist", layout=Layout(1, 1, 32))
+    models = {name: (folder / name / "megatron_args.txt").read_text() for name in ("student", "teacher-dist")}
+    data = f"--tokenizer-type NullTokenizer {TRAINING} {DATA} --train-iters 2"
+    student = f"{models['student']} {data} --pretrained-checkpoint student"
+    ours = local.run("along", f"{student} --teacher-load teacher").ok()
+    pipeline = "--pipeline-model-parallel-size 2"
+    theirs = engine.run("te_along", f"{student} --teacher-load teacher {pipeline}", ranks=2, gpu=True).ok()
+    keep = f"--pretrained-checkpoint teacher-dist --kd-save answers --kd-top-k 101 --kd-dtype fp32 {LAYOUT}"
+    engine.run("te_record", f"{models['teacher-dist']} {data} {keep}", ranks=2, gpu=True).ok()
+    recorded = engine.run("te_recorded", f"{student} --kd-load answers {pipeline}", ranks=2, gpu=True).ok()
+    for run in (theirs, recorded):
+        for what in ("kd loss", "lm loss"):
+            assert run.values(what) == pytest.approx(ours.values(what), abs=2e-5) and len(run.values(what)) == 2
