@@ -265,4 +265,4 @@ def token_loss(
 
 # The writer of --async-save spawns children that import this file again.
 if __name__ == "__main__":
-    run(main, left="the last checkpoint in --save stays")
+    run(main, left="what it has saved stays")
