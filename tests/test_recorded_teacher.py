@@ -95,6 +95,17 @@ def test_few_tokens_and_the_rest_are_never_above_the_whole_divergence(trained: d
     assert few[STEPS] < few[1]
 
 
+def test_resumes_and_is_done_once_it_is_done(loop: StockLoop, trained: dict[str, Run]) -> None:
+    save = "--kd-load few --ckpt-format torch --save-interval 2 --save"
+    runs = loop.run_all([case(loop, "unbroken", "student", "tp1", f"{save} unbroken")])
+    again = {"resumed": "--ckpt-step 2", "done": ""}
+    runs |= loop.run_all(
+        [case(loop, name, "student", "tp1", f"{save} {name} --load unbroken {flags}") for name, flags in again.items()]
+    )
+    losses = {name: run.ok().values("kd loss") for name, run in runs.items()}
+    assert losses["resumed"] == {STEPS: losses["unbroken"][STEPS]} and losses["done"] == {}
+
+
 def test_every_layout_records_the_same(loop: StockLoop, recorded: dict[str, Run]) -> None:
     folders = [loop.folder / name for name in ("whole", "whole-tp2-pp2")]
     names = [sorted(file.name for file in folder.iterdir()) for folder in folders]

@@ -46,7 +46,8 @@ class RecordedTeacher(Distillation):
         Raises ValueError where the first samples that this run will read, or its last, are of another text.
         """
         args, answered = get_args(), _Answered(dataset, self.cache)
-        for sample in {args.consumed_train_samples, samples_of(args) - 1}:
+        last = samples_of(args) - 1
+        for sample in {min(args.consumed_train_samples, last), last}:
             answered[sample]
         return answered
 
