@@ -114,7 +114,7 @@ class Texts:
 
     def __init__(self, top: Path) -> None:
         self.top = top
-        preprocess_data.tokenizer_of(self._args("NullTokenizer", MODEL))  # imports Megatron, once
+        preprocess_data.text_tokenizer(self._args("NullTokenizer", MODEL))  # imports Megatron, once
         self.lines = {
             kind: [
                 json.dumps({"text": f"{n} {n + 1}" if kind == "NullTokenizer" else text})
@@ -164,7 +164,7 @@ class Texts:
 
     def _each_line(self, kind: str) -> dict[bytes, bytes]:
         """Return the tokens of each sound line, as its own tokenizer makes them."""
-        tokenizer = preprocess_data.tokenizer_of(self._args(kind, MODEL))
+        tokenizer = preprocess_data.text_tokenizer(self._args(kind, MODEL))
         tokenized = {line: tokenizer.tokenize(json.loads(line)["text"]) for line in self.lines[kind]}
         return {line.encode(): np.asarray(ids, np.int64).tobytes() for line, ids in tokenized.items() if len(ids)}
 

@@ -49,11 +49,11 @@ def command(inputs: list[Path], prefix: Path, model: Path, *more: str) -> list[s
     return ["--input", *map(str, inputs), "--output-prefix", str(prefix), *tokenizer, *more]
 
 
-def documents(prefix: Path, key: str = "text") -> list[np.ndarray]:
+def documents(prefix: Path, key: str = "text", kind: str = "_document") -> list[np.ndarray]:
     """Return the documents of the written files, read by Megatron's own reader."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    data = IndexedDataset(f"{prefix}_{key}_document")
+    data = IndexedDataset(f"{prefix}_{key}{kind}")
     assert list(data.document_indices) == list(range(len(data) + 1))
     return [np.array(data[index]) for index in range(len(data))]  # copies: the reader unmaps its file when it goes
 
@@ -194,3 +194,22 @@ def test_a_run_waits_for_another_that_puts_its_files_in_place_and_then_says_so(t
     with small_files.alone_at(tmp_path / "p"):
         assert (tmp_path / ".p.placing").exists()
     assert not list(tmp_path.iterdir())
+
+
+def test_compressed_files_by_a_pattern_and_a_key_that_is_a_path_give_the_same_bytes(
+    tmp_path: Path, model: Path
+) -> None:
+    import gzip
+
+    for part in range(2):
+        texts = TEXTS[part::2]
+        write_lines(tmp_path / f"plain-{part}.jsonl", [json.dumps({"text": text}) for text in texts])
+        lines = "".join(json.dumps({"meta": {"body": text}}) + "\n" for text in texts)
+        (tmp_path / f"part-{part}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    plain = [tmp_path / "plain-0.jsonl", tmp_path / "plain-1.jsonl"]
+    tool.main(command(plain, tmp_path / "plain", model))
+    words = ["--json-key", "meta.body", "--workers", "2"]
+    tool.main(command([tmp_path / "part-*.jsonl.gz"], tmp_path / "packed", model, *words))
+    for suffix in ("bin", "idx"):
+        found = (tmp_path / f"packed_meta.body_document.{suffix}").read_bytes()
+        assert found == (tmp_path / f"plain_text_document.{suffix}").read_bytes()

@@ -106,8 +106,8 @@ def test_code_that_a_tokenizer_names_is_not_run_and_its_files_are_read(
     (source / "evil.py").write_text("raise SystemExit('it ran')")
     args = flags(trust_remote_code=False)
     name_tokenizer(args, {"--load": source})
-    tokens = preprocess_data.tokenizer_of(args).tokenize("def main(")
-    assert tokens == preprocess_data.tokenizer_of(flags(model=TINY / "tokenizer.model")).tokenize("def main(")
+    tokens = preprocess_data.text_tokenizer(args).tokenize("def main(")
+    assert tokens == preprocess_data.text_tokenizer(flags(model=TINY / "tokenizer.model")).tokenize("def main(")
     assert args.tokenizer_model == str(source)
     assert "evil" not in "".join(given.values()) and {"config.json", "tokenizer.json"} <= given.keys()
     with pytest.raises(ValueError, match="no code of a tokenizer is run here"):

@@ -3,6 +3,8 @@
 transformers is never given a checkpoint's own directory: its config.json may name code to run.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.pruning.formats.huggingface import CONFIG_FILE
@@ -43,14 +45,17 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
 
     Raises ValueError when transformers can make none of them.
     """
+    config = {CONFIG_FILE: as_json(config_to_hf(checkpoint.config, checkpoint.dtype))}
+    return tokenizer_in(checkpoint.carried_files() | config, checkpoint.tokenizer_folder)
+
+
+def tokenizer_in(files: Mapping[str, bytes], where: Path | str) -> Any:
+    """Return transformers' tokenizer of some files, by name, from `where`. Raises ValueError when they make none."""
     from transformers import AutoTokenizer
 
-    config = {CONFIG_FILE: as_json(config_to_hf(checkpoint.config, checkpoint.dtype))}
-    with folder_of(checkpoint.carried_files() | config) as folder:
+    with folder_of(files) as folder:
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(
-                f"{checkpoint.tokenizer_folder} holds no tokenizer that transformers can read ({reason})"
-            ) from error
+            raise ValueError(f"{where} holds no tokenizer that transformers can read ({reason})") from error

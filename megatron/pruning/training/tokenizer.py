@@ -100,7 +100,7 @@ def build_tokenizer(args: argparse.Namespace, vocabulary: int | None = None) -> 
         from megatron.core.tokenizers.utils import build_tokenizer as megatron
     with contextlib.ExitStack() as stack:
         if kind == HUGGING_FACE and path is not None and Path(path).is_dir():
-            args.tokenizer_model = str(stack.enter_context(folder_of(_harmless(Path(path)))))
+            args.tokenizer_model = str(stack.enter_context(folder_of(tokenizer_files(Path(path)))))
         try:
             tokenizer = megatron.build_tokenizer(args)
         except Exception as error:
@@ -110,12 +110,18 @@ def build_tokenizer(args: argparse.Namespace, vocabulary: int | None = None) -> 
             ) from error
         finally:
             args.tokenizer_model = path
-    if vocabulary is not None and kind != NULL and tokenizer.vocab_size > vocabulary:
-        raise ValueError(
-            f"the tokenizer {path or kind} has {tokenizer.vocab_size} tokens and the model a vocabulary of "
-            f"{vocabulary}: name the model's own with --tokenizer-model (TOKENIZER_MODEL)"
-        )
+    if vocabulary is not None and kind != NULL:
+        require_vocabulary(tokenizer.vocab_size, vocabulary, path or kind)
     return tokenizer
+
+
+def require_vocabulary(tokens: int, vocabulary: int, name: Path | str) -> None:
+    """Raise ValueError when a tokenizer of this name has more tokens than the vocabulary of the model."""
+    if tokens > vocabulary:
+        raise ValueError(
+            f"the tokenizer {name} has {tokens} tokens and the model a vocabulary of {vocabulary}: name the model's "
+            "own with --tokenizer-model (TOKENIZER_MODEL)"
+        )
 
 
 @contextlib.contextmanager
@@ -127,7 +133,7 @@ def folder_of(files: Mapping[str, bytes]) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _harmless(folder: Path) -> dict[str, bytes]:
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """Return what transformers may read of a tokenizer's folder, by name."""
     home = folder.parent if folder.name == HF_FILES else folder
     files = carried_files_of(folder, home)

@@ -42,6 +42,11 @@ def windows(
     return found.astype(np.int64)
 
 
+def mask_of(prefix: str | Path) -> str:
+    """Return the prefix of the mask of a text: a .bin and .idx, 1 for a token that counts in the loss, else 0."""
+    return f"{prefix}_mask"
+
+
 class Text(NamedTuple):
     """A .bin and .idx: all tokens, mapped into memory, and the length of every document."""
 
