@@ -16,10 +16,10 @@
 The loop, the optimizer, the schedules, the checkpoints and the flags are Megatron's (`megatron.training`, from the
 wheel of megatron-core). This project adds, in megatron/pruning/training: defaults for machines without a GPU or without
 TransformerEngine (cpu_device.py, flags.py), local layers whose attention is torch's (local_layers.py), a loader that
-refuses what does not fit (strict_loading.py; the stock one warns and trains from random weights), and distillation from
-a teacher (distillation.py), and the tokenizer of the checkpoint where none is named (tokenizer.py). What it changes in
-Megatron to have them is one table (megatron_patches.py). The files beside a checkpoint (tokenizer, plan, command line)
-follow it to --save.
+refuses what does not fit (strict_loading.py; the stock one warns and trains from random weights), distillation from a
+teacher (distillation.py), conversations that are packed whole and masked (documents.py), and the tokenizer of the
+checkpoint where none is named (tokenizer.py). What it changes in Megatron to have them is one table
+(megatron_patches.py). The files beside a checkpoint (tokenizer, plan, command line) follow it to --save.
 """
 
 import argparse
@@ -39,7 +39,7 @@ cpu_device.install()  # before Megatron is imported
 with quiet_imports():
     from megatron.core import mpu
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
     from megatron.core.enums import ModelType
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
@@ -52,6 +52,7 @@ with quiet_imports():
     from megatron.pruning.training.checkpoint_args import take_arguments
     from megatron.pruning.training.data_checks import check_data
     from megatron.pruning.training.distillation import Distillation
+    from megatron.pruning.training.documents import TextDataset, documents_of, keep_documents_apart
     from megatron.pruning.training.flags import add_defaults, flags_refused, refuse_impossible, refuse_without_libraries
     from megatron.pruning.training.local_layers import gpt_config
     from megatron.pruning.training.megatron_patches import applied, while_parsing, while_publishing, while_training
@@ -103,6 +104,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     refuse_without_libraries(args)
     if args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = True
+    keep_documents_apart(args)
     require_checkpoint(args)
     if args.use_checkpoint_args:
         take_arguments(args)
@@ -153,14 +155,15 @@ def datasets(
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        inter_document_masking=args.dataloader_inter_document_masking,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
     )
 
     def built_here() -> bool:
-        return bool(is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0)
+        return bool(has_batch(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0)
 
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = MockGPTDataset if args.mock_data else TextDataset
     train, *others = BlendedMegatronDatasetBuilder(kind, samples, built_here, config).build()
     if train is not None and distillation is not None and is_last_stage(vp_stage):
         train = distillation.with_answers(train)
@@ -170,6 +173,11 @@ def datasets(
 def is_last_stage(vp_stage: int | None) -> bool:
     """Return whether this rank's stage computes the loss."""
     return bool(mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage))
+
+
+def has_batch(vp_stage: int | None) -> bool:
+    """Return whether this stage needs anything of a batch: those in the middle only where documents begin."""
+    return bool(get_args().dataloader_inter_document_masking or is_first_or_last_pipeline_stage(vp_stage))
 
 
 def get_batch(
@@ -182,10 +190,11 @@ def get_batch(
     """Return this rank's part of the next micro batch; values are `[batch, sequence]`, none on middle pipeline stages.
 
     The micro batch is of `batch_size` sequences. The first stage has the tokens and the last one the labels; `whole`
-    gives both of them all. `distillation` adds to the batch of the last one.
+    gives both of them all. `distillation` adds to the batch of the last one. Where documents are kept apart each stage has
+    `packed_seq_params`, which say where they lie.
     """
     args = get_args()
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    if not has_batch(vp_stage):
         return {}
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -194,7 +203,7 @@ def get_batch(
         batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=args.dataloader_inter_document_masking,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -210,6 +219,8 @@ def get_batch(
     )
     if distillation is not None and is_last_stage(vp_stage):
         batch = distillation.completed(batch, batch_size)
+    if args.dataloader_inter_document_masking:
+        return batch | {"packed_seq_params": documents_of(batch["cu_seqlens"], args.seq_length)}
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     return batch
 
@@ -235,6 +246,7 @@ def forward_step(
         batch.get("position_ids"),
         batch.get("attention_mask"),
         labels=batch.get("labels"),
+        packed_seq_params=batch.get("packed_seq_params"),
         **taught,
     )
     loss = functools.partial(distillation.loss, token_loss) if distillation is not None and taught else token_loss

@@ -5,6 +5,8 @@ than its index says, it ends in a traceback, never ends, or trains on nonsense.
 """
 
 import argparse
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -12,10 +14,11 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 from megatron.training.utils import get_blend_and_blend_per_split
+from numpy.typing import NDArray
 
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.storage.processes import is_first_here
-from megatron.pruning.training.tokens import Text, open_text
+from megatron.pruning.training.tokens import Text, has_mask, mask_of, open_mask, open_text
 
 _SPLITS = ("train", "valid", "test")
 _STRETCH, _STRETCHES = 4096, 256  # tokens looked at in one place, and places
@@ -38,7 +41,10 @@ def check_data(args: argparse.Namespace) -> None:
                 raise ValueError(f"{flag}: the weight of {prefix} is {weight:g}: leave out a text that has none")
         for prefix in prefixes:
             text = open_text(prefix, flag)
-            _check_ids(text, _vocabulary(args), prefix, flag)
+            _check_ids(text.tokens, _vocabulary(args), prefix, flag)
+            if has_mask(prefix):
+                _check_mask(open_mask(prefix, text, flag), prefix, flag)
+                _say_longer(text, args.seq_length, prefix)
             if by_split is None:
                 _check_splits(args.split, text, prefix)
 
@@ -57,12 +63,32 @@ def _vocabulary(args: argparse.Namespace) -> int | None:
     )
 
 
-def _check_ids(text: Text, vocabulary: int | None, prefix: str, flag: str) -> None:
-    count = len(text.tokens)
-    starts = np.unique(np.linspace(0, max(0, count - _STRETCH), _STRETCHES).astype(np.int64))
+def _extremes(values: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Yield the lowest and the highest value, and 0, in places that are spread over all of them."""
+    starts = np.unique(np.linspace(0, max(0, len(values) - _STRETCH), _STRETCHES).astype(np.int64))
     for start in starts.tolist():
-        stretch = text.tokens[start : start + _STRETCH]
-        low, high = int(stretch.min(initial=0)), int(stretch.max(initial=0))
+        stretch = values[start : start + _STRETCH]
+        yield int(stretch.min(initial=0)), int(stretch.max(initial=0))
+
+
+def _check_mask(mask: NDArray[np.uint8], prefix: str, flag: str) -> None:
+    highest = max(high for _, high in _extremes(mask))
+    if highest > 1:
+        raise ValueError(f"{flag} {prefix}: {mask_of(prefix)} holds {highest}, and a mask has nothing but 0 and 1")
+
+
+def _say_longer(text: Text, length: int, prefix: str) -> None:
+    if longer := int(np.count_nonzero(text.lengths > length)):
+        print(
+            f"note: {longer:,} of the {len(text.lengths):,} documents of {prefix} are longer than --seq-length "
+            f"{length} and go on in the next sequence, without what came before; "
+            "tools/preprocess_data.py --max-length cuts them",
+            flush=True,
+        )
+
+
+def _check_ids(tokens: NDArray[Any], vocabulary: int | None, prefix: str, flag: str) -> None:
+    for low, high in _extremes(tokens):
         if low < 0 or (vocabulary is not None and high >= vocabulary):
             raise ValueError(
                 f"{flag} {prefix} holds token {low if low < 0 else high}, but the model has a vocabulary of "

@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import GPTModelConfig
+from megatron.training.models.gpt import default_layer_spec
+
+from megatron.pruning.training.documents import EngineDocuments
 
 
 class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library without types
@@ -40,12 +44,13 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        packed_seq_params: PackedSeqParams | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """Return what the queries gather, `[sequence, batch, heads * head_dim]`.
 
         Query, key and value are `[sequence, batch, heads or groups, head_dim]`; `attention_mask`, whose True hides, is
-        given only with --reset-attention-mask.
+        given only with --reset-attention-mask, and `packed_seq_params` where documents are kept apart.
         """
         dtype = query.dtype
         if query.device.type == "cpu":
@@ -57,7 +62,15 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
             # The one kernel that is linear in memory in fp32 wants a key for every head.
             key, value = (t.repeat_interleave(query.shape[2] // t.shape[2], dim=2) for t in (key, value))
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [batch, heads, sequence, head_dim]
-        mixed = torch.nn.functional.scaled_dot_product_attention(
+        if packed_seq_params is not None:
+            return self._apart(query, key, value, packed_seq_params).permute(2, 0, 1, 3).flatten(2).to(dtype)
+        return self._mix(query, key, value, attention_mask).permute(2, 0, 1, 3).flatten(2).to(dtype)
+
+    def _mix(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return what the queries gather; all are `[batch, heads or groups, sequence, head_dim]`."""
+        return torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -67,7 +80,17 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
             scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return mixed.permute(2, 0, 1, 3).flatten(2).to(dtype)
+
+    def _apart(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedSeqParams
+    ) -> torch.Tensor:
+        """Return what the queries of each document gather in it, in the shapes of `_mix`."""
+        batch = query.shape[0]
+        lengths = documents.cu_seqlens_q.diff().tolist()
+        # [heads or groups, all sequences behind each other, head_dim], a document after the other
+        parts = (torch.split(t.transpose(0, 1).flatten(1, 2), lengths, dim=1) for t in (query, key, value))
+        mixed = torch.cat([self._mix(*(t[None] for t in part)) for part in zip(*parts, strict=True)], dim=2)
+        return mixed[0].view(mixed.shape[1], batch, -1, mixed.shape[-1]).transpose(0, 1)
 
     def sharded_state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
         """Return nothing to save: attention has no weights."""
@@ -110,10 +133,22 @@ def unfused_layers(config: GPTModelConfig, vp_stage: int | None = None) -> Trans
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=layer.submodules.input_layernorm)
 
 
+def engine_layers(config: GPTModelConfig, vp_stage: int | None = None) -> ModuleSpec:
+    """Return TransformerEngine's layer, with an attention that keeps documents apart."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention  # none without TransformerEngine
+
+    layer = default_layer_spec(config, vp_stage)
+    apart = type("DocumentAttention", (EngineDocuments, TEDotProductAttention), {})
+    layer.submodules.self_attention.submodules.core_attention = apart
+    return layer
+
+
 def gpt_config(args: argparse.Namespace) -> GPTModelConfig:
     """Return the model that the flags describe, with these layers where TransformerEngine's are not asked for."""
     config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor  # a stock flag that stock does not pass on
     if args.transformer_impl == "local" and args.spec is None:
         config.transformer_layer_spec = local_layers
+    elif args.dataloader_inter_document_masking:
+        config.transformer_layer_spec = engine_layers
     return config

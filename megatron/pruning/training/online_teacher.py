@@ -163,7 +163,11 @@ class OnlineTeacher(Distillation):
     def _ask(self, batch: dict[str, Any], processor: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Return what this stage of the teacher gives; `processor` takes what its final norm does."""
         output: torch.Tensor = self.teacher(
-            batch.get("tokens"), batch.get("position_ids"), batch.get("attention_mask"), output_processor=processor
+            batch.get("tokens"),
+            batch.get("position_ids"),
+            batch.get("attention_mask"),
+            packed_seq_params=batch.get("packed_seq_params"),
+            output_processor=processor,
         )
         return output
 

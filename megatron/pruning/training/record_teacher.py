@@ -97,6 +97,7 @@ def _facts(args: argparse.Namespace) -> Facts:
         dtype=args.kd_dtype,
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
+        documents_apart=args.dataloader_inter_document_masking,
     )
 
 

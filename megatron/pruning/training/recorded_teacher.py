@@ -97,6 +97,7 @@ def _compare(facts: Facts, args: argparse.Namespace) -> None:
         "sequence_length": args.seq_length,
         "reset_position_ids": args.reset_position_ids,
         "reset_attention_mask": args.reset_attention_mask,
+        "documents_apart": args.dataloader_inter_document_masking,
     }
     for name, value in asked.items():
         if getattr(facts, name) != value:

@@ -41,8 +41,8 @@ _LOW = 65536  # tokens that 16 bits tell apart
 class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the answers of a cache are to: all of it must be the same for a run to go on with it.
 
-    `teacher` is the fingerprint of the checkpoint; the two resets are Megatron's flags of these names, which say what
-    a token's answer hangs on.
+    `teacher` is the fingerprint of the checkpoint; the two resets are Megatron's flags of these names, and with
+    `documents_apart` no token attends to another document.
     """
 
     version: int = _VERSION
@@ -55,6 +55,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     dtype: str
     reset_position_ids: bool
     reset_attention_mask: bool
+    documents_apart: bool
     samples_per_file: int = 0
 
     def with_files(self) -> "Facts":

@@ -47,6 +47,27 @@ def mask_of(prefix: str | Path) -> str:
     return f"{prefix}_mask"
 
 
+def has_mask(prefix: str | Path) -> bool:
+    """Return whether a text has a mask beside it, or half of one."""
+    return any(Path(f"{mask_of(prefix)}{suffix}").exists() for suffix in (".bin", ".idx"))
+
+
+def open_mask(prefix: str | Path, text: "Text", flag: str) -> NDArray[np.uint8]:
+    """Return the mask of a text, `[tokens]`, mapped into memory; its values are not checked.
+
+    Raises ValueError as `open_text` does, and when the documents of the mask have other lengths than those of the text.
+    """
+    name = mask_of(prefix)
+    mask = open_text(name, flag)
+    if mask.tokens.dtype != np.uint8 or not np.array_equal(mask.lengths, text.lengths):
+        raise ValueError(
+            f"{flag} {prefix}: {name} is no mask of it: {len(mask.lengths):,} documents with {len(mask.tokens):,} "
+            f"{mask.tokens.dtype} beside {len(text.lengths):,} with {len(text.tokens):,} tokens; make both again with "
+            "tools/preprocess_data.py --chat"
+        )
+    return mask.tokens
+
+
 class Text(NamedTuple):
     """A .bin and .idx: all tokens, mapped into memory, and the length of every document."""
 

@@ -104,6 +104,20 @@ class DotProductAttention(_Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **more: Any
     ) -> torch.Tensor:
+        if more.get("qkv_format") == "thd":  # documents behind each other, [tokens, heads, head_dim]
+            assert more["attn_mask_type"] == "padding_causal" and torch.equal(
+                *(more[f"cu_seqlens_{x}"] for x in "q kv".split())
+            )
+            assert (
+                more["cu_seqlens_q"].dtype == torch.int32 and more["max_seqlen_q"] >= more["cu_seqlens_q"].diff().max()
+            )
+            parts = (t.split(more["cu_seqlens_q"].diff().tolist()) for t in (query, key, value))
+            return torch.cat(
+                [
+                    DotProductAttention.forward(self, *(t[:, None] for t in part))[:, 0]
+                    for part in zip(*parts, strict=True)
+                ]
+            )
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
         return mixed.permute(2, 0, 1, 3).flatten(2)
