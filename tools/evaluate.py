@@ -1,11 +1,15 @@
 """Validation loss and perplexity of checkpoints, side by side, whatever their formats and layouts.
 
     python tools/evaluate.py --load assets/tiny-llama --load runs/pruned --load runs/recovered --data runs/data/valid
+    python tools/evaluate.py --load INSTRUCT --load runs/recovered --data runs/data/chat_messages_document --chat
     python tools/evaluate.py --load runs/parent --load runs/recovered --tasks arc_easy,hellaswag  # pip install lm-eval
 
 The loss is the mean cross entropy in nats over all tokens of consecutive, full windows, computed by transformers'
 own model from the logical weights: no conversion is needed first. The training loop's own figures are a little
 higher where its vocabulary is padded, since the padding takes part in its softmax.
+
+With --chat the loss is that of the assistant's tokens: each conversation is read alone, and what counts is what the
+mask beside --data says, or the chat template of a checkpoint with a .jsonl of messages.
 
 --tasks are those of lm-evaluation-harness, its own or those of --task-folder, with the same model and the tokenizer
 that lies beside the checkpoint.
@@ -23,9 +27,10 @@ from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.cli.speech import add_speech_flags, speaking
 from megatron.pruning.formats import open_checkpoint
+from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.small_files import replace_durably
-from megatron.pruning.training.tokens import windows
+from megatron.pruning.training.tokens import Tokens, conversations, windows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +40,15 @@ def parser() -> argparse.ArgumentParser:
         "--load", type=Path, action="append", required=True, metavar="DIR", help="checkpoint; may be repeated"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="PREFIX", help="text to take the loss of: PREFIX.bin and .idx, or a .jsonl"
+        "--data",
+        type=Path,
+        metavar="PREFIX",
+        help="text to take the loss of: PREFIX.bin and .idx, or a .jsonl, .jsonl.gz, .jsonl.zst or .parquet",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="take the loss of what counts alone: --data has a mask beside it, or is a .jsonl of messages",
     )
     parser.add_argument(
         "--tasks", type=lambda text: text.split(","), metavar="NAMES", help="tasks, separated by commas"
@@ -93,10 +106,28 @@ def main(argv: Sequence[str]) -> None:
         answer(lambda: results)
 
 
+def read_text(args: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> tuple[Tokens, Any]:
+    """Return the tokens that every checkpoint reads, and with --chat which of them count; say how many they are."""
+    smallest = min(checkpoints, key=lambda checkpoint: checkpoint.config.vocab_size)
+    length = args.sequence_length
+    if args.chat:
+        data, counts, cut = conversations(args.data, length, args.max_tokens, smallest)
+        longer = f", {cut:,} of them cut to {length} tokens" if cut else ""
+        print(f"{int(counts[:, 1:].sum()):,} tokens that count, of {len(data):,} conversations{longer}, of {args.data}")
+        return data, counts
+    if args.max_tokens < length:
+        raise ValueError(f"--max-tokens {args.max_tokens} is less than a window of {length}")
+    data = windows(args.data, length, args.max_tokens // length, smallest)
+    print(f"{len(data) * length:,} tokens of {args.data}")
+    return data, None
+
+
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Evaluate every checkpoint on the same tokens and tasks, print one table, and return what stands in it."""
     if not args.data and not args.tasks:
         raise ValueError("give --data, --tasks or both: what the checkpoints are to be compared on")
+    if args.chat and not args.data:
+        raise ValueError("--chat is about --data: name the prefix of conversations, or a .jsonl file of messages")
     if args.tasks and not importlib.util.find_spec("lm_eval"):
         raise ValueError("--tasks needs lm-evaluation-harness, which is not installed: pip install lm-eval==0.4.13")
     file = args.json if isinstance(args.json, Path) else None
@@ -109,20 +140,15 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     device = device_named(args.device)
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     checkpoints = [open_checkpoint(path) for path in args.load]
-    data = None
+    data = counts = None
     if args.data:
-        smallest = min(checkpoints, key=lambda checkpoint: checkpoint.config.vocab_size)
-        if args.max_tokens < args.sequence_length:
-            raise ValueError(f"--max-tokens {args.max_tokens} is less than a window of {args.sequence_length}")
-        number = args.max_tokens // args.sequence_length
-        data = windows(args.data, args.sequence_length, number, smallest)
-        print(f"{len(data) * args.sequence_length:,} tokens of {args.data}")
+        data, counts = read_text(args, checkpoints)
     results: list[dict[str, Any]] = []
     for checkpoint in checkpoints:
         model = build(checkpoint, dtype, device)
         result: dict[str, Any] = {"path": str(checkpoint.path), "parameters": checkpoint.config.parameters}
         if data is not None:
-            result["loss"] = loss(model, data, args.batch_size, str(checkpoint.path))
+            result["loss"] = loss(model, data, args.batch_size, str(checkpoint.path), counts)
             result["perplexity"] = math.exp(result["loss"])
         if args.tasks:
             result |= task_scores(checkpoint, model, args.tasks, args.task_folder, args.batch_size, args.limit)

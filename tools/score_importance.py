@@ -43,7 +43,11 @@ def parser() -> argparse.ArgumentParser:
         "--iteration", type=natural, metavar="N", help="iteration of a Megatron source (default: the latest)"
     )
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="PREFIX", help="text: PREFIX.bin and .idx, or a .jsonl file"
+        "--data",
+        type=Path,
+        required=True,
+        metavar="PREFIX",
+        help="text: PREFIX.bin and .idx, or a .jsonl file, of text or of messages",
     )
     parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="file of the scores")
     parser.add_argument("--overwrite", action="store_true", help="replace the scores at --save")

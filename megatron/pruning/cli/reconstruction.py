@@ -29,8 +29,8 @@ def add_reconstruction_flags(group: argparse._ArgumentGroup, data: str, required
         nargs="+",
         metavar="TEXT",
         required=required,
-        help="text to learn from: prefixes of .bin and .idx, or .jsonl files; with weights before them, as in "
-        "0.7 a 0.3 b: a mix of what the model is for",
+        help="text to learn from: prefixes of .bin and .idx, or .jsonl files, of text or of messages; with weights "
+        "before them, as in 0.7 a 0.3 b: a mix of what the model is for",
     )
     group.add_argument(
         "--sequences", type=positive, default=SEQUENCES, metavar="N",

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from megatron.pruning.model.checkpoint import Checkpoint
@@ -26,17 +28,21 @@ def device_named(name: str | None) -> str:
 
 
 @torch.no_grad()
-def loss(model: PreTrainedModel, data: Tokens, batch: int, name: str) -> float:
-    """Return the mean cross entropy in nats over every token but the first of each window, `[windows, tokens]`."""
+def loss(model: PreTrainedModel, data: Tokens, batch: int, name: str, counts: NDArray[np.uint8] | None = None) -> float:
+    """Return the mean cross entropy in nats over every token but the first of each window, `[windows, tokens]`.
+
+    With `counts`, of the same shape, it is that of the tokens where these are 1.
+    """
+    counts = np.ones(data.shape, dtype=np.uint8) if counts is None else counts
     total = 0.0
     progress = Progress(f"reading with {name}", len(data), show=True, unit="windows")
-    for part in torch.split(torch.from_numpy(data), batch):
-        part = part.to(model.device)
-        logits = model(part[:, :-1]).logits.float()
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+    for part, counted in zip(*(torch.split(torch.from_numpy(t), batch) for t in (data, counts)), strict=True):
+        tokens, wanted = part.to(model.device), counted[:, 1:].to(model.device) > 0
+        logits = model(tokens[:, :-1]).logits[wanted].float()
+        total += float(torch.nn.functional.cross_entropy(logits, tokens[:, 1:][wanted], reduction="sum"))
         progress.advance(len(part))
     progress.close()
-    return total / data[:, 1:].size
+    return total / int(counts[:, 1:].sum())
 
 
 def task_scores(

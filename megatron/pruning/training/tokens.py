@@ -1,7 +1,7 @@
-"""Text as a model reads it: consecutive, full windows of tokens from a .bin/.idx pair or a .jsonl file."""
+"""Text as a model reads it: full windows of tokens, or conversations, of a .bin/.idx pair or a file of records."""
 
-import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.pruning.model.checkpoint import Checkpoint
-from megatron.pruning.storage.small_files import is_text
+from megatron.pruning.storage.records import are_records, parse_record, records, text_at
+from megatron.pruning.training.chat import Conversation, encode, messages_at, require_template
 from megatron.pruning.training.hf_model import tokenizer_of
 
 Tokens = NDArray[np.int64]
@@ -20,25 +21,21 @@ def windows(
 ) -> Tokens:
     """Return at most `most` windows, `[windows, length + 1]`; each begins with the last token of the one before.
 
-    `data` is the prefix of a .bin and .idx, or a .jsonl file with a string under "text" in every line, which the
-    tokenizer of `checkpoint` turns into tokens, with the end-of-text token after each. With `spread` the windows are
-    taken evenly from all of a .bin, and not from its start. `flag` is the one that named the data.
+    `data` is the prefix of a .bin and .idx, or a file of records, such as a .jsonl, with "text" or "messages" in each,
+    which the tokenizer of `checkpoint` turns into tokens, with the end-of-text token after a text. With `spread` the
+    windows are taken evenly from all of a .bin, and not from its start. `flag` is the one that named the data.
 
     Raises ValueError when there is no such data, too little of it, or a token that the model does not have.
     """
     wanted = length * most + 1
-    tokens = _from_jsonl(data, wanted, checkpoint, flag) if data.suffix == ".jsonl" else open_text(data, flag).tokens
+    texts = _of_records(data, checkpoint, flag) if are_records(data) else None
+    tokens = open_text(data, flag).tokens if texts is None else _first(texts, wanted)
     number = min((len(tokens) - 1) // length, most)
     if number < 1:
         raise ValueError(f"{flag} {data} has {len(tokens)} tokens: fewer than one window of {length + 1}")
     step = ((len(tokens) - 1) // length) // number if spread else 1
     found = np.stack([tokens[i : i + length + 1] for i in range(0, number * step * length, step * length)])
-    odd = found[(found < 0) | (found >= checkpoint.config.vocab_size)]
-    if len(odd):
-        raise ValueError(
-            f"{flag} {data} holds token {odd[0]}, but {checkpoint.path} has a vocabulary of "
-            f"{checkpoint.config.vocab_size}: it was made with another tokenizer"
-        )
+    _require_vocabulary(found, data, checkpoint, flag)
     return found.astype(np.int64)
 
 
@@ -164,8 +161,58 @@ def _tokens_in(index: _Index) -> int:
     return at
 
 
-def _from_jsonl(file: Path, wanted: int, checkpoint: Checkpoint, flag: str) -> Tokens:
-    """Return the first `wanted` tokens of a .jsonl file, or a few more."""
+class Conversations(NamedTuple):
+    """Conversations, each with zeros after it, and 1 for each token that counts in the loss: both `[number, tokens]`.
+
+    `cut` of them were longer.
+    """
+
+    tokens: Tokens
+    counts: NDArray[np.uint8]
+    cut: int
+
+
+def conversations(data: Path, length: int, most: int, checkpoint: Checkpoint, flag: str = "--data") -> Conversations:
+    """Return the first conversations of a text, `most` tokens together, cut to `length` tokens and one to foretell.
+
+    `data` is the prefix of a text that has a mask, or a file of records with "messages", which go through the chat
+    template of `checkpoint`; of these the assistant's turns count.
+
+    Raises ValueError when there is no such data, none of it counts, or it has a token that the model does not have.
+    """
+    found, cut, count = list[Conversation](), 0, 0
+    for tokens, counts in _of_records(data, checkpoint, flag) if are_records(data) else _of_mask(data, flag):
+        if count >= most:
+            break
+        found.append(Conversation(tokens[: length + 1].astype(np.int64), counts[: length + 1]))
+        cut += len(tokens) > length + 1
+        count += len(found[-1].tokens)
+    shape = len(found), max((len(tokens) for tokens, _ in found), default=0)
+    all_tokens, all_counts = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.uint8)
+    for row, (tokens, counts) in enumerate(found):
+        all_tokens[row, : len(tokens)], all_counts[row, : len(tokens)] = tokens, counts
+    if not all_counts[:, 1:].any():
+        raise ValueError(f"{flag} {data} holds no conversation with a token that counts in its first {length} tokens")
+    _require_vocabulary(all_tokens, data, checkpoint, flag)
+    return Conversations(all_tokens, all_counts, cut)
+
+
+def _of_mask(prefix: Path, flag: str) -> Iterator[Conversation]:
+    if not has_mask(prefix):
+        raise ValueError(
+            f"{flag} {prefix} has no mask of what counts, {mask_of(prefix)}.bin and .idx: make both with "
+            "tools/preprocess_data.py --chat messages --mask-prompt"
+        )
+    text = open_text(prefix, flag)
+    mask = open_mask(prefix, text, flag)
+    stop = 0
+    for length in text.lengths.tolist():
+        start, stop = stop, stop + length
+        yield Conversation(text.tokens[start:stop], mask[start:stop])
+
+
+def _of_records(file: Path, checkpoint: Checkpoint, flag: str) -> Iterator[Conversation]:
+    """Yield the tokens of each record, of its "messages" or its "text", with the end-of-text token after the latter."""
     if not file.is_file():
         raise ValueError(f"{flag} {file} is not a file")
     try:
@@ -175,25 +222,36 @@ def _from_jsonl(file: Path, wanted: int, checkpoint: Checkpoint, flag: str) -> T
             f"{error}: turn {file} into tokens with tools/preprocess_data.py and name their prefix"
         ) from error
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for line in records(file):
+        if not line.raw.strip():
+            continue
+        try:
+            record = parse_record(line.raw)
+            if "text" not in record and "messages" in record:
+                require_template(tokenizer, flag, checkpoint.tokenizer_folder)
+                yield encode(tokenizer, messages_at(record, "messages"), mask_prompt=True)
+                continue
+            ids = tokenizer(text_at(record, "text"), add_special_tokens=False, verbose=False)["input_ids"] + end
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{flag} {file} line {line.number}: {error}") from error
+        yield Conversation(np.asarray(ids, dtype=np.int64), np.ones(len(ids), dtype=np.uint8))
+
+
+def _first(texts: Iterator[Conversation], wanted: int) -> Tokens:
+    """Return the first `wanted` tokens of texts behind each other, or a few more."""
     found, count = [np.zeros(0, dtype=np.int64)], 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if count >= wanted:
-                break
-            if line.strip():
-                ids = tokenizer(_text_of(line, f"{flag} {file} line {number}"), add_special_tokens=False, verbose=False)
-                found.append(np.asarray(ids["input_ids"] + end, dtype=np.int64))
-                count += len(found[-1])
+    for tokens, _ in texts:
+        found.append(tokens)
+        count += len(tokens)
+        if count >= wanted:
+            break
     return np.concatenate(found)
 
 
-def _text_of(line: bytes, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f'{where}: no JSON object with a string under "text"') from error
-    if not isinstance(text, str):
-        raise ValueError(f'{where}: "text" holds {type(text).__name__}, not a string')
-    if not is_text(text):
-        raise ValueError(f'{where}: "text" holds half a surrogate pair, which is no text')
-    return text
+def _require_vocabulary(tokens: Tokens, data: Path, checkpoint: Checkpoint, flag: str) -> None:
+    odd = tokens[(tokens < 0) | (tokens >= checkpoint.config.vocab_size)]
+    if len(odd):
+        raise ValueError(
+            f"{flag} {data} holds token {odd[0]}, but {checkpoint.path} has a vocabulary of "
+            f"{checkpoint.config.vocab_size}: it was made with another tokenizer"
+        )
