@@ -190,8 +190,8 @@ def get_batch(
     """Return this rank's part of the next micro batch; values are `[batch, sequence]`, none on middle pipeline stages.
 
     The micro batch is of `batch_size` sequences. The first stage has the tokens and the last one the labels; `whole`
-    gives both of them all. `distillation` adds to the batch of the last one. Where documents are kept apart each stage has
-    `packed_seq_params`, which say where they lie.
+    gives both of them all. `distillation` adds to the batch of the last one. Where documents are kept apart each stage
+    has `packed_seq_params`, which say where they lie.
     """
     args = get_args()
     if not has_batch(vp_stage):

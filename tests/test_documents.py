@@ -226,8 +226,33 @@ def test_a_killed_blend_of_text_and_conversations_goes_on_bit_for_bit(folder: Pa
 
 
 def test_a_teacher_reads_documents_apart_too(folder: Path, loop: StockLoop) -> None:
-    run = loop.run("taught", words(folder, "--train-data-path chat --teacher-load hf --train-iters 1")).ok()
-    assert run.values("kd loss")[1] == pytest.approx(0, abs=1e-6)
+    """Itself it has nothing to teach; to another model it says the same in a pipeline, and when it was recorded."""
+    convert(
+        make_llama(folder / "student-hf", "gqa", layers=4, vocab=VOCABULARY, seed=5),
+        folder / "student",
+        layout=Layout(1, 1, 1),
+    )
+    data, pipeline = "--train-data-path chat --train-iters 2", "--pipeline-model-parallel-size 2"
+    student = f"{data} --pretrained-checkpoint student"
+    keep = f"--kd-save answers --kd-top-k {VOCABULARY} --kd-dtype fp32"
+    convert(folder / "student-hf", folder / "student-pp2", layout=Layout(1, 2, 1))
+    cases = {
+        "self": (f"{data} --teacher-load hf", 1),
+        "record": (f"{data} {keep}", 1),
+        "along": (f"{student} --teacher-load hf", 1),
+        "pipeline": (f"{student}-pp2 --teacher-load hf {pipeline}", 2),
+        "recorded": (f"{student} --kd-load answers", 1),
+    }
+    jobs = [
+        {"name": f"teacher_{name}", "words": words(folder, more).split(), "ranks": ranks}
+        for name, (more, ranks) in cases.items()
+    ]
+    runs = loop.run_all(jobs[:2]) | loop.run_all(jobs[2:])
+    found = {name: runs[f"teacher_{name}"].ok().values("kd loss") for name in cases}
+    assert found["self"].get(1, 0.0) < 1e-6
+    assert found["along"][2] > 0.01
+    for name in ("pipeline", "recorded"):
+        assert found[name] == pytest.approx(found["along"], rel=2e-6), name
 
 
 def test_transformer_engines_attention_keeps_documents_apart(folder: Path, whole: Run) -> None:

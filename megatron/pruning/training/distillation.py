@@ -89,6 +89,18 @@ class Distillation(ABC):
         return loss, tokens, {name: report["lm loss"] for name, (_, _, report) in zip(names, sums, strict=False)}
 
 
+def ask(model: Any, batch: dict[str, Any], processor: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Return what this stage of a model gives of a batch; `processor` takes what the final norm does, see `logits_of`."""
+    output: torch.Tensor = model(
+        batch.get("tokens"),
+        batch.get("position_ids"),
+        batch.get("attention_mask"),
+        packed_seq_params=batch.get("packed_seq_params"),
+        output_processor=processor,
+    )
+    return output
+
+
 def logits_of(
     hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, scale_logits: Any, **unused: Any
 ) -> torch.Tensor:

@@ -26,7 +26,7 @@ from megatron.pruning.formats.megatron import rank_views
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.training.direct_start import held_by, open_named
-from megatron.pruning.training.distillation import Distillation, logits_of, vocabulary_of
+from megatron.pruning.training.distillation import Distillation, ask, logits_of, vocabulary_of
 from megatron.pruning.training.divergence import VocabParallelKL
 from megatron.pruning.training.hidden_loss import HiddenLoss
 from megatron.pruning.training.stock_model import load_weights, model_config
@@ -144,7 +144,7 @@ class OnlineTeacher(Distillation):
 
         def read(batches: Iterator[Any] | None, stage: Any) -> tuple[torch.Tensor, Callable[..., None]]:
             batch = get_batch(batches, None, micro_batch_size)
-            return self._ask(batch, self._keep), lambda output, non_loss_data: None
+            return ask(self.teacher, batch, self._keep), lambda output, non_loss_data: None
 
         self.answers.clear()
         mine = taken[0] if mpu.is_pipeline_first_stage(ignore_virtual=True) else taken[-1]
@@ -160,17 +160,6 @@ class OnlineTeacher(Distillation):
         again = [None if one is None else iter(one) for one in taken]
         return schedule(data_iterator=again if isinstance(data_iterator, list) else again[0], **sizes, **more)
 
-    def _ask(self, batch: dict[str, Any], processor: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """Return what this stage of the teacher gives; `processor` takes what its final norm does."""
-        output: torch.Tensor = self.teacher(
-            batch.get("tokens"),
-            batch.get("position_ids"),
-            batch.get("attention_mask"),
-            packed_seq_params=batch.get("packed_seq_params"),
-            output_processor=processor,
-        )
-        return output
-
     def _keep(self, hidden_states: torch.Tensor, **more: Any) -> torch.Tensor:
         """Keep of a micro batch how its logits are made, until the student has its own."""
         self.answers.append(Answer(hidden_states, functools.partial(logits_of, hidden_states, **more)))
@@ -182,7 +171,7 @@ class OnlineTeacher(Distillation):
             return {}
         if self.pipeline == 1:
             with torch.no_grad():
-                self._ask(batch, self._keep)
+                ask(self.teacher, batch, self._keep)
         return {"output_processor": self._losses, "output_processor_context": self.answers.popleft()}
 
     def divergence(self, student: torch.Tensor, answers: Any) -> torch.Tensor:

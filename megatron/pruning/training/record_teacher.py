@@ -26,7 +26,7 @@ from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import fingerprint
 from megatron.pruning.storage.output import hold_directory, require_room
 from megatron.pruning.storage.progress import Progress
-from megatron.pruning.training.distillation import logits_of, samples_of, vocabulary_of
+from megatron.pruning.training.distillation import ask, logits_of, samples_of, vocabulary_of
 from megatron.pruning.training.divergence import TopK, top_k
 from megatron.pruning.training.strict_loading import source_of
 from megatron.pruning.training.teacher_cache import Facts, TeacherCache
@@ -122,7 +122,7 @@ def _read_all(
 
     def answer(iterator: Any, stage: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = get_batch(iterator, None, size, whole=True)
-        output = stage(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), output_processor=logits_of)
+        output = ask(stage, batch, logits_of)
 
         def keep(logits: torch.Tensor, non_loss_data: bool) -> tuple[torch.Tensor, ...]:
             kept = top_k(logits, cache.facts.top_k, cache.facts.temperature, cache.facts.vocab_size, group)
