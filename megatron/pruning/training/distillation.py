@@ -90,7 +90,7 @@ class Distillation(ABC):
 
 
 def ask(model: Any, batch: dict[str, Any], processor: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """Return what this stage of a model gives of a batch; `processor` takes what the final norm does, see `logits_of`."""
+    """Return what this stage of a model gives of a batch; `processor` takes what the final norm gives (`logits_of`)."""
     output: torch.Tensor = model(
         batch.get("tokens"),
         batch.get("position_ids"),
