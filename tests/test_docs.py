@@ -227,7 +227,7 @@ def test_every_command_runs_in_the_order_of_the_pages(fresh: Path) -> None:
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     made = "parent parent-hf pruned pruned-7 narrow recovered distilled recovered-tp1 recovered-hf loss.png chosen half"
-    made += " reconstructed pruned-reconstructed"
+    made += " reconstructed pruned-reconstructed instruct/recovered-hf/chat_template.jinja"
     assert [name for name in made.split() if not (fresh / "runs" / name).exists()] == []
 
 
