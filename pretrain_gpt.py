@@ -53,7 +53,13 @@ with quiet_imports():
     from megatron.pruning.training.data_checks import check_data
     from megatron.pruning.training.distillation import Distillation
     from megatron.pruning.training.documents import TextDataset, documents_of, keep_documents_apart
-    from megatron.pruning.training.flags import add_defaults, flags_refused, refuse_impossible, refuse_without_libraries
+    from megatron.pruning.training.flags import (
+        add_defaults,
+        flags_refused,
+        refuse_impossible,
+        refuse_without_libraries,
+        wandb_refused,
+    )
     from megatron.pruning.training.local_layers import gpt_config
     from megatron.pruning.training.megatron_patches import applied, while_parsing, while_publishing, while_training
     from megatron.pruning.training.online_teacher import OnlineTeacher
@@ -112,7 +118,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     tokenizer = tokenizer_of(args)
     with flags_refused():
         validate_args(args)
-        with applied(while_publishing(tokenizer)):
+        with applied(while_publishing(tokenizer)), wandb_refused(args.wandb_project):
             set_global_variables(args)
     return args
 

@@ -35,7 +35,7 @@ VALID_DATA_PATH=${VALID_DATA_PATH:-}           # empty: SPLIT of DATA_PATH
 SPLIT=${SPLIT:-949,50,1}
 TOKENIZER_MODEL=${TOKENIZER_MODEL:-}           # a file or folder; empty: the tokenizer that lies with the checkpoint
 TOKENIZER_TYPE=${TOKENIZER_TYPE:-}             # Megatron's name of its kind; empty: by the files
-TENSORBOARD_PATH=${TENSORBOARD_PATH:-$SAVE_PATH/tensorboard}
+TENSORBOARD_PATH=${TENSORBOARD_PATH-$SAVE_PATH/tensorboard} # empty: no curves are written
 VERBOSE=${VERBOSE:-}                           # 1: Megatron's whole output here; empty: it goes to SAVE_PATH/logs
 TEACHER_LOAD=${TEACHER_LOAD:-}                 # distillation: the unpruned model, e.g. $RUNS/parent; empty: none
 TEACHER_SAVE=${TEACHER_SAVE:-}                 # record the teacher to this directory; empty: train
@@ -145,7 +145,7 @@ teacher=()
 [ -z "$KD_LOAD" ] || teacher+=(--kd-load "$KD_LOAD")
 [ -z "$TEACHER_LOAD$KD_LOAD" ] || teacher+=(--kd-alpha "$KD_ALPHA")
 [ -z "$KD_TEMPERATURE" ] || [ -z "$TEACHER_LOAD$KD_LOAD$TEACHER_SAVE" ] || teacher+=(--kd-temperature "$KD_TEMPERATURE")
-where=(--load "$SAVE_PATH" --save "$SAVE_PATH" --tensorboard-dir "$TENSORBOARD_PATH")
+where=(--load "$SAVE_PATH" --save "$SAVE_PATH" ${TENSORBOARD_PATH:+--tensorboard-dir "$TENSORBOARD_PATH"})
 what="training of $LOAD_PATH" saves="saves every $SAVE_INTERVAL steps to $SAVE_PATH" logs=$SAVE_PATH/logs
 if [ -n "$TEACHER_SAVE" ]; then
     teacher+=(--kd-save "$TEACHER_SAVE" --kd-top-k "$KD_TOP_K")

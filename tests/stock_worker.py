@@ -6,7 +6,8 @@ Each line that a client sends is a case {"folder": DIR, "name": NAME, "words": [
 folder, two of all clients' at a time; NAME.log there takes what all ranks print. As each ends, "NAME STATUS" is the
 answer: 0, or that of the first rank that failed. A case that takes too long is killed, as is what is left of one in
 which a rank failed, and one that says {"kill_after": STEP} when it has logged that step. {"program": NAME} runs another
-module's main, and {"gpu": true} does as on a machine with GPUs (gpu_stand_in.py). The last client's leaving ends it.
+module's main, {"gpu": true} does as on a machine with GPUs (gpu_stand_in.py), and {"settings": {NAME: VALUE}} sets
+variables of the environment. The last client's leaving ends it.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,13 +45,14 @@ class Case:
         kill_after: int | None = None,
         program: str = "pretrain_gpt",
         gpu: bool = False,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.status, self.kill_after = name, 0, kill_after
         self.log = Path(folder, f"{name}.log")
         self.deadline = time.monotonic() + TIMEOUT
         world = {
             "WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1",
-            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", **(settings or {}),
         }  # fmt: skip
         self.log.touch()
         self.children: set[int] = set()

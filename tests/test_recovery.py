@@ -1,5 +1,6 @@
 """A pruned checkpoint trains on in the stock loop: strictly loaded, from the exported model's own loss, downwards."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,16 @@ def test_check_model_trains_in_the_dtype_that_is_asked_for(
     assert {"--bf16", "--fp16"} & {*words} == flags
     with pytest.raises(ValueError, match="DTYPE half is none of bf16, fp16 and fp32"):
         check_model(tmp_path, **{**settings, "DTYPE": "half"}, SAVE_PATH=tmp_path / "new")
+
+
+@pytest.mark.parametrize("given,there", [({}, ["new/tensorboard"]), ({"TENSORBOARD_PATH": ""}, [])])
+def test_check_model_writes_curves_unless_they_are_to_go_nowhere(
+    given: dict[str, str], there: list[str], folder: Path, tmp_path: Path
+) -> None:
+    settings = {"LOAD_PATH": folder / "hf", "DATA_PATH": "text", "TOKENIZER_MODEL": "none", **given}
+    _, words = check_model(tmp_path, **settings, SAVE_PATH=tmp_path / "new")
+    after = [word for flag, word in itertools.pairwise(words) if flag == "--tensorboard-dir"]
+    assert after == [str(tmp_path / name) for name in there]
 
 
 @pytest.mark.parametrize("format", ["torch", "torch_dist"])

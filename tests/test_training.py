@@ -4,6 +4,7 @@ A launch costs seconds of imports, so one process imports pretrain_gpt once and 
 below, in order (stock_loop.py); test_docs.py launches as a user does it, by torchrun.
 """
 
+import argparse
 import math
 import re
 import shutil
@@ -285,9 +286,9 @@ def damage(folder: Path, name: str, source: str, change: str) -> None:
         torch.save(content, path)
 
 
-def refused(forker: StockLoop, name: str, words: str, sentence: str) -> None:
+def refused(forker: StockLoop, name: str, words: str, sentence: str, **how: object) -> None:
     (forker.folder / f"{name}.log").unlink(missing_ok=True)
-    run = forker.run(name, words)
+    run = forker.run(name, words, **how)
     assert run.code == 1, run.log[-2000:]
     assert sentence in run.error
     assert not run.losses and "Traceback" not in run.log
@@ -339,6 +340,30 @@ TUNED = f"{MODEL} {TRAINING} {DATA} --finetune --load dist"
 @pytest.mark.usefixtures("trained")
 def test_flags_that_do_not_fit_are_refused_in_one_sentence(forker: StockLoop, words: str, sentence: str) -> None:
     refused(forker, "refused", words, sentence)
+
+
+@pytest.mark.usefixtures("trained")
+def test_weights_and_biases_without_a_login_is_a_sentence(folder: Path, forker: StockLoop) -> None:
+    nobody = {"HOME": str(folder), "NETRC": "/dev/null", "WANDB_API_KEY": "", "WANDB_MODE": "online"}
+    sentence = "--wandb-project curves: No API key configured; log in with `wandb login` or WANDB_API_KEY, or keep"
+    refused(forker, "nobody", f"{TUNED} --wandb-project curves --save nobody", sentence, settings=nobody)
+    with_place = "--wandb-project curves needs --wandb-save-dir, or --save"
+    refused(forker, "nowhere", f"{TUNED} --wandb-project curves", with_place, settings=nobody)
+
+
+@pytest.mark.parametrize(
+    ("flag", "library"), [("--tensorboard-dir", "tensorboard"), ("--wandb-project", "wandb")], ids=lambda name: name
+)
+def test_curves_without_what_writes_them_are_refused(monkeypatch: pytest.MonkeyPatch, flag: str, library: str) -> None:
+    from megatron.pruning.training import flags
+
+    args = argparse.Namespace(tensorboard_dir=None, wandb_project=None, wandb_save_dir=None, save="saved")
+    flags._refuse_without_writers(args)
+    setattr(args, flag.removeprefix("--").replace("-", "_"), "curves")
+    flags._refuse_without_writers(args)
+    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"{flag} curves needs {library}, which is not installed: pip install"):
+        flags._refuse_without_writers(args)
 
 
 def test_files_beside_the_checkpoint_follow_it_and_its_arguments_are_enough(

@@ -56,7 +56,7 @@ def _without_missing_kernels() -> dict[str, Any]:
 
 
 def refuse_without_libraries(args: argparse.Namespace) -> None:
-    """Check the flags that need a GPU, TransformerEngine or apex; raise ValueError where theirs is missing."""
+    """Check the flags that need a GPU or a library that is not required; raise ValueError where theirs is missing."""
     if cpu_device.is_installed():
         cpu_device.refuse(args)
     if args.transformer_impl != "local" and not HAVE_TE:
@@ -67,6 +67,19 @@ def refuse_without_libraries(args: argparse.Namespace) -> None:
             "--use-distributed-optimizer cannot resume without TransformerEngine or apex, and neither is installed: "
             "leave it out, or give --no-save-optim"
         )
+    _refuse_without_writers(args)
+
+
+def _refuse_without_writers(args: argparse.Namespace) -> None:
+    """Check what the curves are to be written with, on every rank: stock does it on the last, which says it late."""
+    for flag, value, library in (
+        ("--tensorboard-dir", args.tensorboard_dir, "tensorboard"),
+        ("--wandb-project", args.wandb_project, "wandb"),
+    ):
+        if value and not importlib.util.find_spec(library):
+            raise ValueError(f"{flag} {value} needs {library}, which is not installed: pip install {library}")
+    if args.wandb_project and not (args.wandb_save_dir or args.save):
+        raise ValueError(f"--wandb-project {args.wandb_project} needs --wandb-save-dir, or --save")
 
 
 def refuse_impossible(args: argparse.Namespace) -> None:
@@ -195,3 +208,24 @@ def flags_refused() -> Iterator[None]:
         words = " ".join(str(refusal).split()) or frame.line
         place = f"{Path(frame.filename).name} line {frame.lineno}"
         raise ValueError(f"Megatron refuses these flags: {words} ({place})") from refusal
+
+
+@contextlib.contextmanager
+def wandb_refused(project: str | None) -> Iterator[None]:
+    """Turn that Weights & Biases cannot be reached, or knows nobody of this login, into a ValueError with what to do.
+
+    `project` is that of --wandb-project; without one there is nothing to refuse.
+    """
+    if not project:
+        yield
+        return
+    from wandb.errors import Error  # it takes a second
+
+    try:
+        yield
+    except Error as refusal:
+        words = str(refusal).partition("\n")[0].partition(". ")[0]
+        raise ValueError(
+            f"--wandb-project {project}: {words}; log in with `wandb login` or WANDB_API_KEY, or keep the record on "
+            "this machine with WANDB_MODE=offline"
+        ) from refusal
