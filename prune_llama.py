@@ -81,7 +81,7 @@ LEAST_TOKENS = 32_768  # that scores must come from
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("prune_llama.py", __doc__)
+    parser = new_parser(__doc__)
     add_checkpoint_flags(parser)
     add_remain_flags(
         parser.add_argument_group("what remains", "what is left out stays as it is; at least one change is needed")

@@ -67,7 +67,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_verbose_run_says_where_a_mistake_was_noticed(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = prune_llama.new_parser("one", "")
+    parser = prune_llama.new_parser("")
     add_speech_flags(parser)
     for flags, wanted in (([], False), (["-v"], True)):
         with pytest.raises(ValueError, match="wrong"), speaking(parser.parse_args(flags)):

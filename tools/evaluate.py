@@ -35,7 +35,7 @@ from megatron.pruning.training.tokens import Tokens, conversations, windows
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("evaluate.py", __doc__)
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--load", type=Path, action="append", required=True, metavar="DIR", help="checkpoint; may be repeated"
     )

@@ -28,7 +28,7 @@ PENALTY = 1.2  # of a repetition, where the likeliest is taken: a small model so
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("generate.py", __doc__)
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--load",
         type=Path,

@@ -48,7 +48,7 @@ class Curves:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("plot_loss.py", __doc__)
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--run",
         action="append",

@@ -160,7 +160,7 @@ def said(told: Told, args: argparse.Namespace) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("preprocess_data.py", __doc__)
+    parser = new_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--input",

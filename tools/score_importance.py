@@ -37,7 +37,7 @@ LONGEST = 4096  # tokens of a sequence, unless asked for
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("score_importance.py", __doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="checkpoint of any format")
     parser.add_argument(
         "--iteration", type=natural, metavar="N", help="iteration of a Megatron source (default: the latest)"

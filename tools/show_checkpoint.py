@@ -36,7 +36,7 @@ from megatron.pruning.storage.views import View, blocks, cast
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("show_checkpoint.py", __doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of any format")
     parser.add_argument(
         "--iteration", type=natural, metavar="N", help="iteration of a Megatron checkpoint (default: the latest)"

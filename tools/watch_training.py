@@ -47,7 +47,7 @@ MOST_LINES = 15  # of a traceback, or of what was printed last
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("watch_training.py", __doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--log", type=Path, required=True, metavar="FILE", help="what the training prints goes here")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="what starts the training, after --")
     return parser

@@ -35,7 +35,7 @@ from megatron.pruning.storage.processes import World
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("convert.py", __doc__)
+    parser = new_parser(__doc__)
     add_checkpoint_flags(parser)
     add_layout_flags(parser)
     add_speech_flags(parser)

@@ -28,10 +28,10 @@ _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "make_v
 _FLAGS_FILE = Path(__file__).with_name("megatron_flags.txt")
 
 
-def new_parser(prog: str, doc: str | None) -> argparse.ArgumentParser:
+def new_parser(doc: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help begins with a script's docstring and that takes no abbreviated flag."""
     return argparse.ArgumentParser(
-        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
 

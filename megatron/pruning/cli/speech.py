@@ -30,7 +30,12 @@ def add_speech_flags(parser: argparse.ArgumentParser, into_file: bool = False) -
         )
     else:
         group.add_argument("--json", action="store_true", help=said)
-    group.add_argument(
+    add_version_flag(group)
+
+
+def add_version_flag(parser: argparse._ActionsContainer) -> None:
+    """Add --version to a parser or a group of one."""
+    parser.add_argument(
         "--version",
         action="version",
         version=f"megatron-llama-pruning {__version__}",
