@@ -351,6 +351,11 @@ def test_weights_and_biases_without_a_login_is_a_sentence(folder: Path, forker: 
     refused(forker, "nowhere", f"{TUNED} --wandb-project curves", with_place, settings=nobody)
 
 
+def test_help_of_the_training_lists_the_flags_of_both(forker: StockLoop) -> None:
+    help = forker.run("help", "--help").ok().log
+    assert "--kd-temperature T" in help and "--wandb-project" in help and "1.10 = 10%)" in " ".join(help.split())
+
+
 @pytest.mark.parametrize(
     ("flag", "library"), [("--tensorboard-dir", "tensorboard"), ("--wandb-project", "wandb")], ids=lambda name: name
 )

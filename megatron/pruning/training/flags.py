@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.util
 import math
+import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from megatron.training.utils import print_rank_0
 
 from megatron.pruning.model.megatron_args import flag_of
 from megatron.pruning.training import cpu_device
+
+_PERCENT = re.compile(r"%%|%(?!\()")  # as argparse wants one, or as a sign; not that of %(default)s
 
 
 def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -38,6 +41,8 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--kd-top-k", type=int, metavar="K", help="--kd-save keeps the K likeliest tokens (default 256)")
     group.add_argument("--kd-dtype", choices=("fp16", "fp32"), help="of the recorded log-probabilities (default fp16)")
     group.add_argument("--kd-load", metavar="DIR", help="learn from what --kd-save recorded; no teacher is loaded")
+    for action in parser._actions:  # stock takes help from docstrings, where "10%)" is no format, and --help ends on it
+        action.help = action.help and _PERCENT.sub("%%", action.help)
     return parser
 
 
