@@ -301,6 +301,25 @@ def training_on_gpu(model: str) -> None:
     print()
 
 
+def recorded_teacher() -> None:
+    """Print both tables of benchmarks/teacher.py: the losses by what is learned from, and the speeds by model."""
+    found = _read(RESULTS / "teacher.json")
+    marks = list(next(iter(found["loss"].values())))
+    rows = [[said("tokens"), *(f"{int(tokens) / 1e6:.2f}M" for tokens in marks)]]
+    rows += [[said(arm), *(_spread(losses[tokens]) for tokens in marks)] for arm, losses in found["loss"].items()]
+    show(rows)
+    _caption(said(found["machine"]), _seeds(found))
+    models = found["speed"]
+    headings = [text for model in models for text in (said("{}, tokens a second", model), said("to the LM loss"))]
+    rows = [["", *headings]]
+    for arm in next(iter(models.values())):
+        cells = [speeds[arm] for speeds in models.values()]
+        rows.append([said(arm), *(c for a in cells for c in (f"{a['tokens_per_second']:,.0f}", f"{a['to_lm']:.2f}"))])
+    show(rows)
+    _caption(said(found["machine"]), said("{} rounds", found["rounds"]))
+    print()
+
+
 def _batch_caption(result: Mapping[str, Any]) -> None:
     batch = said("{} tokens a step", f"{result['global_batch_size']} x {result['sequence_length']}")
     rounds = said("{} round" if result["rounds"] == 1 else "{} rounds", result["rounds"])
