@@ -1,9 +1,11 @@
 """Loss curves are the same from TensorBoard and from the log of a run, by iterations and by samples."""
 
+import sys
 from pathlib import Path
 
 import plot_loss
 import pytest
+from commands import ROOT, python_path, run
 from torch.utils.tensorboard import SummaryWriter
 
 LOSSES = {10: 3.5, 20: 3.25, 30: 3.0}
@@ -53,3 +55,11 @@ def test_a_figure_is_drawn_and_mistakes_are_said(both: tuple[Path, Path], tmp_pa
     for path, complaint in ((tmp_path / "none", "there is no"), (tmp_path / "empty.log", "holds no training loss")):
         with pytest.raises(ValueError, match=complaint):
             plot_loss.main([f"--run=a={path}", f"--output={tmp_path / 'x.png'}"])
+
+
+def test_help_needs_nothing_that_takes_long_to_import() -> None:
+    program = (
+        "import sys, plot_loss; plot_loss.parser(); print({'matplotlib', 'torch', 'tensorboard'} & {*sys.modules})"
+    )
+    done = run(sys.executable, "-c", program, PYTHONPATH=python_path(ROOT / "tools"))
+    assert done.stdout == "set()\n", done.stderr

@@ -18,18 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-from megatron.pruning.cli.flags import positive
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from megatron.pruning.cli.entry import run
-from megatron.pruning.cli.flags import hyphenated, new_parser
+from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.cli.stock_log import read_step, read_validation
 
 # Megatron's TensorBoard tags: by iteration, and by sample (for the number of tokens). With --multiple-validation-sets
@@ -193,6 +185,12 @@ def write_beside(axes: Any, labels: Sequence[Label], gap: float = 0.05) -> None:
 def main(argv: Sequence[str]) -> None:
     """Draw."""
     args = parser().parse_args(hyphenated(argv))
+    import matplotlib  # it takes a second, and --help and a mistake in a flag need none of it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     labels = []
     for name, path in args.run:
