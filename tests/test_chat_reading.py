@@ -56,7 +56,7 @@ def loss_alone(folder: Path, longest: int) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("data", ["p_messages_document", "chat.jsonl", "chat.jsonl.gz"])
+@pytest.mark.parametrize("data", ["p_messages_document", "chat.jsonl.gz"])
 def test_the_loss_of_a_chat_is_that_of_the_assistants_tokens(
     data: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ from megatron.pruning.model.layout import Layout
 
 pytestmark = pytest.mark.slow
 
-VOCABULARY, SEQUENCE, STEPS, SAVED, KILLED = 100, 32, 12, 4, 7
+VOCABULARY, SEQUENCE, STEPS, SAVED, KILLED = 100, 32, 6, 2, 3
 TRAINING = (
     f"--tokenizer-type NullTokenizer --seq-length {SEQUENCE} --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 "
     f"--train-iters {STEPS} --lr-decay-style cosine --clip-grad 1.0 --log-interval 1 --eval-iters 0 --weight-decay 0 "
@@ -172,13 +172,17 @@ def test_masked_tokens_give_no_gradient(folder: Path, loop: StockLoop) -> None:
     """Other words of a user, at the end where no word that counts can see them, change no bit of what is learned."""
     draw = np.random.default_rng(6)
     documents = conversations(6, 40, longest=SEQUENCE - 4)
-    runs, states = {}, {}
+    states, cases = {}, []
     for name in ("one", "other"):
         ends = [
             (np.append(tokens, draw.integers(0, VOCABULARY, 4)), np.append(mask, [0] * 4)) for tokens, mask in documents
         ]
         write_masked(folder / name, [(tokens, mask.astype(np.uint8)) for tokens, mask in ends])
-        runs[name] = loop.run(name, words(folder, f"--train-data-path {name} --save saved_{name}")).ok()
+        more = words(folder, f"--train-data-path {name} --save saved_{name}")
+        cases.append({"name": name, "words": more.split(), "ranks": 1})
+    runs = loop.run_all(cases)
+    for name in runs:
+        runs[name].ok()
         file = folder / f"saved_{name}" / f"iter_{STEPS:07d}" / "mp_rank_00/model_optim_rng.pt"
         states[name] = load_whole(file)["model"]
     assert runs["one"].losses == runs["other"].losses and len(runs["one"].losses) == STEPS
@@ -196,17 +200,23 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def layouts(folder: Path, loop: StockLoop) -> dict[str, Run]:
+    """A run over the same conversations in every layout."""
+    convert(folder / "hf", folder / "virtual", format="torch_dist", layout=Layout(1, 1, 1))
+    convert(folder / "hf", folder / "tensor", layout=Layout(2, 1, 1))
+    convert(folder / "hf", folder / "pipeline", layout=Layout(1, 4, 1))
+    cases = []
+    for name, (flags, ranks) in LAYOUTS.items():
+        more = f"--train-data-path chat {flags} --pretrained-checkpoint {'model' if name == 'data' else name}"
+        format = " --ckpt-format torch_dist" * (name == "virtual")
+        cases.append({"name": name, "words": words(folder, more + format).split(), "ranks": ranks})
+    return loop.run_all(cases)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_train_alike(layout: str, folder: Path, loop: StockLoop, whole: Run) -> None:
-    flags, ranks = LAYOUTS[layout]
-    start = "--ckpt-format torch_dist --pretrained-checkpoint dist" if layout == "virtual" else ""
-    if layout == "virtual":
-        convert(folder / "hf", folder / "dist", format="torch_dist", layout=Layout(1, 1, 1))
-    elif layout in ("tensor", "pipeline"):
-        cut = Layout(2, 1, 1) if layout == "tensor" else Layout(1, 4, 1)
-        convert(folder / "hf", folder / layout, layout=cut)
-        start = f"--pretrained-checkpoint {layout}"
-    run = loop.run(layout, words(folder, f"--train-data-path chat {flags} {start}"), ranks).ok()
+def test_layouts_train_alike(layout: str, layouts: dict[str, Run], whole: Run) -> None:
+    run = layouts[layout].ok()
     assert run.losses == pytest.approx(whole.losses, abs=2e-4) and len(run.losses) == STEPS
 
 
