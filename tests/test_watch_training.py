@@ -36,6 +36,10 @@ def step(number: int, kd: str = "", skipped: int = 0) -> str:
         (step(8, " kd loss: 5.000000E-01 |"), "lm loss 4.2500  kd loss 0.5000  lr 1.50e-03"),
         (step(8, skipped=2), "left  number of skipped iterations 2"),
         (VALIDATION.format(which=""), "validation loss after step 10: 3.1250"),
+        (
+            VALIDATION.format(which="").replace("| \n", "| kd loss value: 5.000000E-01 | kd loss PPL: 1.6E+00 | \n"),
+            "validation loss after step 10: 3.1250  kd loss 0.5000",
+        ),
         (VALIDATION.format(which=" on test set"), "validation loss after step 10 on test set: 3.1250"),
         (VALIDATION.format(which="").replace("validation", "validation-0"), "validation loss after step 10: 3.1250"),
         (VALIDATION.format(which="").replace("validation", "validation-1"), "after step 10 on text 1: 3.1250"),

@@ -100,7 +100,8 @@ def _train(work: Path, log: Path, args: argparse.Namespace, steps: int) -> float
     with log.open("w", encoding="utf-8") as out:
         done = subprocess.run(["bash", _SCRIPT, "--no-save-optim"], env=environment, stdout=out, stderr=out)
     text = log.read_text(encoding="utf-8", errors="replace")
-    found = [said[2] for line in text.splitlines() if (said := read_validation(line)) is not None and not said[1]]
+    read = (read_validation(line) for line in text.splitlines())
+    found = [said[2]["lm loss"] for said in read if said is not None and not said[1]]
     if done.returncode or not found:
         reason = re.findall(r"error: (.*)", text) or [f"see {log}"]
         raise ValueError(f"training {work.name} failed: {reason[-1]}")

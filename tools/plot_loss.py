@@ -7,9 +7,9 @@
     python tools/plot_loss.py --run pruned=pruned.log --run "from scratch=scratch.log" --sequence-length 4096 \\
         --smooth 20 --output loss_vs_scratch.png
 
-Each --run gives the training loss as a line and the validation loss as points; each --line a level to compare with.
-Names stand beside the plot, at the height of what they name, so that no legend covers a curve. With --sequence-length
-the x axis counts tokens, otherwise iterations.
+Each --run gives the training loss, the language model's or another by --loss, as a line, and the validation loss as
+points; each --line a level to compare with. Names stand beside the plot, at the height of what they name, so that no
+legend covers a curve. With --sequence-length the x axis counts tokens, otherwise iterations.
 """
 
 import argparse
@@ -24,10 +24,9 @@ from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.cli.stock_log import read_step, read_validation
 
-# Megatron's TensorBoard tags: by iteration, and by sample (for the number of tokens). With --multiple-validation-sets
-# each set has a tag; the curve is that of the first.
-TRAIN, VALIDATION = "lm loss", ("lm loss validation", "lm loss validation-0")
-PER_SAMPLE = " vs samples"
+# How Megatron's TensorBoard tags go on after the name of a loss; the second is by sample (for the number of tokens).
+# With --multiple-validation-sets each set has a tag; the curve is that of the first.
+VALIDATION, PER_SAMPLE = (" validation", " validation-0"), " vs samples"
 
 
 @dataclass
@@ -58,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--smooth", type=positive, default=1, metavar="N", help="points of the training loss to average (default 1)"
     )
+    parser.add_argument(
+        "--loss", default="lm loss", metavar="NAME", help='which one: "lm loss" (default), "kd loss" or "hidden loss"'
+    )
     parser.add_argument("--ylim", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the y axis")
     parser.add_argument("--title", default="", help="title above the plot")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf")
@@ -81,20 +83,20 @@ def level(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
 
 
-def read_run(path: Path, by_samples: bool) -> Curves:
-    """Return the losses of a TensorBoard directory or of a log. Raises ValueError where there are none."""
+def read_run(path: Path, by_samples: bool, loss: str) -> Curves:
+    """Return one loss of a TensorBoard directory or of a log. Raises ValueError where there is none."""
     if path.is_dir():
-        curves = read_tensorboard(path, PER_SAMPLE if by_samples else "")
+        curves = read_tensorboard(path, loss, PER_SAMPLE if by_samples else "")
     elif path.is_file():
-        curves = read_log(path, by_samples)
+        curves = read_log(path, by_samples, loss)
     else:
         raise ValueError(f"--run: there is no {path}")
     if not curves.training:
-        raise ValueError(f"--run: {path} holds no training loss, neither as TensorBoard scalar {TRAIN!r} nor as a log")
+        raise ValueError(f"--run: {path} holds no training loss, neither as TensorBoard scalar {loss!r} nor as a log")
     return curves
 
 
-def read_tensorboard(directory: Path, suffix: str) -> Curves:
+def read_tensorboard(directory: Path, loss: str, suffix: str) -> Curves:
     """Read a TensorBoard directory; later runs win where a resume repeated a step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -106,20 +108,22 @@ def read_tensorboard(directory: Path, suffix: str) -> Curves:
         found = sorted(events.Scalars(tag), key=lambda event: event.wall_time) if tag in there else []
         return {event.step: event.value for event in found}
 
-    return Curves(scalars(TRAIN + suffix), {k: v for tag in VALIDATION for k, v in scalars(tag + suffix).items()})
+    validation = {k: v for tag in VALIDATION for k, v in scalars(loss + tag + suffix).items()}
+    return Curves(scalars(loss + suffix), validation)
 
 
-def read_log(file: Path, by_samples: bool) -> Curves:
+def read_log(file: Path, by_samples: bool, loss: str) -> Curves:
     """Read what the training loop printed; later lines win."""
     curves, samples = Curves(), dict[int, int]()
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        if (step := read_step(line)) is not None and TRAIN in step.losses:
+        if (step := read_step(line)) is not None and loss in step.losses:
             samples[step.number] = int(step.value("consumed samples"))
-            curves.training[samples[step.number] if by_samples else step.number] = step.losses[TRAIN]
+            curves.training[samples[step.number] if by_samples else step.number] = step.losses[loss]
         elif (evaluation := read_validation(line)) is not None:
-            iteration, text, loss = evaluation
-            if text in ("", " on validation set") and (iteration in samples or not by_samples):
-                curves.validation[samples[iteration] if by_samples else iteration] = loss
+            iteration, text, losses = evaluation
+            placed = text in ("", " on validation set") and (iteration in samples or not by_samples)
+            if placed and loss in losses:
+                curves.validation[samples[iteration] if by_samples else iteration] = losses[loss]
     return curves
 
 
@@ -194,12 +198,14 @@ def main(argv: Sequence[str]) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     labels = []
     for name, path in args.run:
-        curves = read_run(Path(path), bool(args.sequence_length))
+        curves = read_run(Path(path), bool(args.sequence_length), args.loss)
         labels += plot(axes, name, curves, args.sequence_length or 1, args.smooth)
     for name, value in args.line:
         axes.axhline(value, linestyle="--", linewidth=1, color="0.4")
         labels.append(Label(value, f"{name}: {value:.3f}", "0.3"))
-    axes.set(xlabel="tokens" if args.sequence_length else "iteration", ylabel="loss (nats a token)", title=args.title)
+    axes.set(
+        xlabel="tokens" if args.sequence_length else "iteration", ylabel=f"{args.loss} (nats a token)", title=args.title
+    )
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if args.sequence_length:

@@ -149,7 +149,10 @@ def readable(line: str, sequence: int) -> str | None:
     if (step := read_step(line)) is not None:
         return describe(step, sequence)
     if (validation := read_validation(line)) is not None:
-        return f"validation loss after step {validation[0]}{validation[1]}: {validation[2]:.4f}"
+        number, text, losses = validation
+        lm = losses.pop("lm loss", math.nan)
+        more = "".join(f"  {name} {loss:.4f}" for name, loss in losses.items())
+        return f"validation loss after step {number}{text}: {lm:.4f}{more}"
     if loaded := _LOADED.match(line):
         return f"starts from {loaded[1]} at step {loaded[2]}"
     if saved := _SAVED.match(line):

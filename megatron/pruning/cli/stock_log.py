@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 _STEP = re.compile(r"\biteration +(\d+)/ *(\d+) \|(.*)")
 # Of several texts, by --multiple-validation-sets, each has its number.
-_VALIDATION = re.compile(r"validation(?:-(\d+))? loss at iteration (\d+)( on \w+ set)? .*?\blm loss value: (\S+)")
+_VALIDATION = re.compile(r"validation(?:-(\d+))? loss at iteration (\d+)( on \w+ set)? .*?\b\w+ loss value: ")
+_LOSS = re.compile(r"\b(\w+ loss) value: (\S+)")
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ def read_step(line: str) -> Step | None:
     return Step(int(found[1]), int(found[2]), {name.strip(): value.strip() for name, _, value in pairs})
 
 
-def read_validation(line: str) -> tuple[int, str, float] | None:
-    """Return the step of a line that says a loss on text that is not trained on, which text, and the loss.
+def read_validation(line: str) -> tuple[int, str, dict[str, float]] | None:
+    """Return the step of a line that says losses on text that is not trained on, which text, and the losses by name.
 
     The text is "" where it is the one that is validated on, or the first of several.
     """
     if not (found := _VALIDATION.search(line)):
         return None
     text = f" on text {found[1]}" if found[1] not in (None, "0") else ""
-    return int(found[2]), text + (found[3] or ""), float(found[4])
+    return int(found[2]), text + (found[3] or ""), {name: float(value) for name, value in _LOSS.findall(line)}
