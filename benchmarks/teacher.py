@@ -44,7 +44,7 @@ SEEDS, STEPS, MARKS = (1, 2, 3), 300, (100, 200, 300)
 RATES = {LM: 2e-3}  # those that benchmarks/recovery.py finds best; of distillation twice as large
 WARM_UP = 3  # steps that are not timed
 # The shape that is pruned to, and tokens of a sequence, sequences of a micro batch and steps that are timed.
-SPEED = {"tiny-llama": ((128, 288), 256, 8, 12), "58m": ((384, 1024), 512, 4, 8)}
+SPEED = {"tiny-llama": ((128, 288), 256, 8, 12), "58m": ((384, 1024), 256, 4, 8)}
 
 
 class Loss:
