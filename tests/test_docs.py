@@ -22,6 +22,7 @@ PAGES = (
     "recover",
     "choose",
     "reconstruct",
+    "smollm2",
     "shapes",
     "performance",
     "clusters",
