@@ -150,7 +150,7 @@ def say_source(source: Checkpoint) -> None:
     if source.left_behind:
         print(f"note: of its config.json, what would have a reader run code stays: {', '.join(source.left_behind)}")
     if source.has_optimizer:
-        print("note: the optimizer state of the source is not carried on: training starts with a fresh one")
+        print("note: the optimizer state of the source stays behind: a training of the result begins with a fresh one")
     if not source.vocab_is_known:
         print(
             f"warning: the source does not say its vocabulary: all {source.config.vocab_size} rows are kept, "
