@@ -308,7 +308,7 @@ def recorded_teacher() -> None:
     rows = [[said("tokens"), *(f"{int(tokens) / 1e6:.2f}M" for tokens in marks)]]
     rows += [[said(arm), *(_spread(losses[tokens]) for tokens in marks)] for arm, losses in found["loss"].items()]
     show(rows)
-    _caption(said(found["machine"]), _seeds(found))
+    _caption(said(found["machine"]), _seeds(found) if found["seeds"] > 1 else said("one seed"))
     models = found["speed"]
     headings = [text for model in models for text in (said("{}, tokens a second", model), said("to the LM loss"))]
     rows = [["", *headings]]
