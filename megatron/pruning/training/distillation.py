@@ -52,9 +52,9 @@ class Distillation(ABC):
     def divergence(self, student: torch.Tensor, answers: Any) -> torch.Tensor:
         """Return the kd loss of every token, `[sequence, batch]`, of the student's logits on this rank."""
 
-    def hidden_loss(self, student: torch.Tensor, answers: Any) -> torch.Tensor:
-        """Return the hidden loss of every token, `[sequence, batch]`, of what the student's final norm gives."""
-        raise NotImplementedError
+    def hidden_loss(self, student: torch.Tensor, answers: Any) -> torch.Tensor | None:
+        """Return the hidden loss of every token, `[sequence, batch]`, of what the student's final norm gives, if any."""
+        return None
 
     def _losses(self, context: Any, labels: torch.Tensor, **student: Any) -> torch.Tensor:
         """Return lm loss, kd loss and any hidden loss of every token, `[2 or 3, batch, sequence]`.
@@ -65,12 +65,12 @@ class Distillation(ABC):
         else GPTModel gives, see `logits_of`.
         """
         logits = logits_of(**student)
-        more = [self.hidden_loss(student["hidden_states"], context)] if self.hidden else []
+        hidden = self.hidden_loss(student["hidden_states"], context)
         kd = self.divergence(logits, context)
         # Second, since Megatron's cross entropy writes over the logits; and for the log alone, when alpha is 1.
         with torch.set_grad_enabled(self.alpha < 1 and torch.is_grad_enabled()):
             lm = student["compute_language_model_loss"](labels, logits if self.alpha < 1 else logits.detach())
-        return torch.stack([lm.float(), *(loss.transpose(0, 1) for loss in (kd, *more))])
+        return torch.stack([lm.float(), *(loss.transpose(0, 1) for loss in (kd, hidden) if loss is not None)])
 
     def loss(
         self, token_loss: Callable[..., Any], loss_mask: torch.Tensor, losses: torch.Tensor

@@ -196,5 +196,6 @@ def _log_softmax(logits: list[Tensor], temperature: float, group: Any) -> list[T
 
 def _padded_log_softmax(logits: Tensor, mine: int, temperature: float, group: Any) -> Tensor:
     """Return log-probabilities in fp32 of all of this rank's columns, -inf from column `mine` on."""
-    padded = torch.nn.functional.pad(logits[:, :mine], (0, logits.shape[-1] - mine), value=-torch.inf)
-    return _log_softmax([padded], temperature, group)[0]
+    if mine < logits.shape[-1]:
+        logits = torch.nn.functional.pad(logits[:, :mine], (0, logits.shape[-1] - mine), value=-torch.inf)
+    return _log_softmax([logits], temperature, group)[0]

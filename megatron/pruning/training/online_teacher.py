@@ -182,9 +182,10 @@ class OnlineTeacher(Distillation):
         kd: torch.Tensor = VocabParallelKL.apply(student, teacher, self.temperature, self.vocab, group)  # type: ignore[no-untyped-call]
         return kd
 
-    def hidden_loss(self, student: torch.Tensor, answers: Any) -> torch.Tensor:
-        """Return the hidden loss of every token."""
-        assert self.hidden_loss_of is not None
+    def hidden_loss(self, student: torch.Tensor, answers: Any) -> torch.Tensor | None:
+        """Return the hidden loss of every token, where it is asked for."""
+        if self.hidden_loss_of is None:
+            return None
         return self.hidden_loss_of(student, answers.hidden_states, self.config.transformer.sequence_parallel)
 
 
