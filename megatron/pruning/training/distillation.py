@@ -53,7 +53,7 @@ class Distillation(ABC):
         """Return the kd loss of every token, `[sequence, batch]`, of the student's logits on this rank."""
 
     def hidden_loss(self, student: torch.Tensor, answers: Any) -> torch.Tensor | None:
-        """Return the hidden loss of every token, `[sequence, batch]`, of what the student's final norm gives, if any."""
+        """Return the hidden loss of every token, `[sequence, batch]`, if any, of what the final norm gives."""
         return None
 
     def _losses(self, context: Any, labels: torch.Tensor, **student: Any) -> torch.Tensor:
