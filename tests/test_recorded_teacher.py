@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from stock_loop import Run, StockLoop
 
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.training.teacher_cache import Facts, TeacherCache
 
 pytestmark = pytest.mark.slow
 
@@ -179,3 +181,16 @@ def test_mistakes_are_refused_in_one_sentence(loop: StockLoop, recorded: dict[st
         assert found.code == 1 and sentence in found.error, (each["words"][-6:], found.log[-1500:])
         assert "Traceback" not in found.log
     assert not (loop.folder / "new").exists()
+
+
+def test_what_found_no_room_may_be_recorded_with_less(tmp_path: Path) -> None:
+    """Nothing but teacher.json is there then; with a file, another K is another recording."""
+    asked: dict[str, Any] = {"teacher": "0", "vocab_size": 101, "sequence_length": 4, "samples": 2, "temperature": 1.0}
+    asked |= {"dtype": "fp16", "reset_position_ids": False, "reset_attention_mask": False, "documents_apart": False}
+    for k in (64, 8):
+        cache = TeacherCache.create(tmp_path / "answers", Facts(top_k=k, **asked))
+    assert TeacherCache.create(tmp_path / "answers", cache.facts).facts.top_k == 8
+    answers = np.zeros((2, 4, 8)), np.zeros((2, 4, 8), dtype=int), np.zeros((2, 4))
+    cache.write(0, np.zeros((2, 4), dtype=int), *answers)
+    with pytest.raises(ValueError, match="it was begun with top_k 8, and this run has 64"):
+        TeacherCache.create(tmp_path / "answers", Facts(top_k=64, **asked))

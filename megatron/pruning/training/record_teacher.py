@@ -62,8 +62,12 @@ def _cache(args: argparse.Namespace) -> Iterator[tuple[TeacherCache, list[int]]]
     try:
         if torch.distributed.get_rank() == 0:
             try:
-                cache = TeacherCache.create(path, _facts(args))
-                hold = hold_directory(path, tell=True)
+                facts = _facts(args)
+                if not path.exists():
+                    path.mkdir(parents=True)
+                if path.is_dir():
+                    hold = hold_directory(path, tell=True)
+                cache = TeacherCache.create(path, facts)
                 missing = cache.missing()
                 facts, need = cache.facts, cache.bytes_of(missing)
                 print_rank_0(

@@ -100,10 +100,14 @@ class TeacherCache:
 
     @classmethod
     def create(cls, path: Path, facts: Facts) -> "TeacherCache":
-        """Begin a cache, or go on with one. Raises ValueError where one is there to something else."""
-        if not (path / FACTS).is_file():
-            if path.exists() and (not path.is_dir() or any(path.glob("samples-*"))):
-                raise ValueError(f"it is no folder of --kd-save: there is no {FACTS} in it")
+        """Begin a cache, or go on with one. Raises ValueError where one is there to something else.
+
+        As long as none of its files is there, it may become one to anything: a run may have found no room for it.
+        """
+        begun = path.is_dir() and any(path.glob("samples-*"))
+        if (path.exists() and not path.is_dir()) or (begun and not (path / FACTS).is_file()):
+            raise ValueError(f"it is no folder of --kd-save: there is no {FACTS} in it")
+        if not begun:
             replace_durably(path / FACTS, as_json(msgspec.to_builtins(facts.with_files())))
         cache = cls(path, _read_facts(path / FACTS))
         there, asked = (msgspec.to_builtins(one) for one in (cache.facts, facts))
