@@ -15,6 +15,8 @@
 
     # or only say how large: shapes are proposed; take one with --shape, or measure some with --candidates
     python prune_llama.py --load DIR --save DIR --target_params 3.4B
+    python prune_llama.py --load DIR --save DIR --target_params 3.4B --candidates 10 --data-path PREFIX \\
+        --valid-data-path HELD_OUT
 
     # look before you leap: decide and print, write only the plan; apply it later
     python prune_llama.py --load DIR --save DIR --drop_layers 7,13 --plan-only
@@ -31,6 +33,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import (
@@ -45,13 +48,14 @@ from megatron.pruning.cli.flags import (
     new_parser,
     open_source,
     options_from_flags,
+    positive,
     save_as_asked,
     say_source,
 )
-from megatron.pruning.cli.pruning_flags import plan_from_flags, pruning_facts, shapes_from_flags
+from megatron.pruning.cli.pruning_flags import plan_from_flags, pruning_facts, shapes_from_flags, target_from_flags
 from megatron.pruning.cli.reconstruction import Reconstructor, add_reconstruction_flags, check_reconstruction_flags
 from megatron.pruning.cli.speech import Answer, add_speech_flags, speaking
-from megatron.pruning.formats import FORMATS, check_save, check_target, save_checkpoint
+from megatron.pruning.formats import FORMATS, check_save, check_target
 from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
 from megatron.pruning.model.hf_config import hf_export_problem
@@ -67,6 +71,7 @@ from megatron.pruning.plan.choose import (
 )
 from megatron.pruning.plan.decide import DROP_LAYERS
 from megatron.pruning.plan.figure import plan_figure
+from megatron.pruning.plan.measured import BEST, ZERO, best_shape
 from megatron.pruning.plan.plan import PRUNE_TYPES, UNBALANCE, Plan
 from megatron.pruning.plan.pruned import Pruned
 from megatron.pruning.plan.reconstructed import REPORT_FILE, Report
@@ -119,16 +124,44 @@ def add_remain_flags(group: argparse._ArgumentGroup) -> None:
 def add_size_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that ask for shapes of a size."""
     group.add_argument("--target-params", metavar="N", help="parameters, e.g. 3.4B or 700M")
-    group.add_argument("--target-memory", metavar="SIZE", help="bytes of the weights, e.g. 8GB or 7.5GiB")
-    group.add_argument("--target-ratio", type=float, metavar="R", help="share of the parent's parameters, e.g. 0.5")
-    group.add_argument("--shape", type=int, metavar="I", help="take the I-th shape that is proposed")
+    group.add_argument("--target-ratio", type=float, metavar="R", help="or: share of the parent's parameters, e.g. 0.5")
+    group.add_argument(
+        "--target-memory",
+        metavar="SIZE",
+        help="bytes at most of weights and cache, e.g. 8GB or 7.5GiB; also with one above",
+    )
+    group.add_argument(
+        "--kv-batch", type=positive, metavar="B",
+        help="sequences whose keys and values find room in --target-memory, too (default: 1 with --kv-sequence)",
+    )  # fmt: skip
+    group.add_argument(
+        "--kv-sequence", type=positive, metavar="S",
+        help="tokens of each of them (default: as many as the model has positions)",
+    )  # fmt: skip
+    group.add_argument(
+        "--shape",
+        type=shape_number,
+        metavar="I",
+        help="take the I-th proposal; best: the one measured best",
+    )
     group.add_argument(
         "--candidates",
-        type=int,
+        type=positive,
         metavar="K",
-        help="train each of the first K shapes for --train-iters steps (default 200) on --data-path, or "
-        "--train-data-path and --valid-data-path; rank them by validation loss",
+        help="reconstruct each of the first K shapes by --data-path, and rank them by their loss on --valid-data-path",
     )
+    group.add_argument(
+        "--measure",
+        default=ZERO,
+        metavar="N",
+        help="of the candidates train the best three on N/4 tokens of --data-path, two of them on N/2, one on N, by "
+        f"scripts/check_model.sh (default {ZERO}: no training)",
+    )
+
+
+def shape_number(text: str) -> int | str:
+    """Read --shape: a number from 1 on, or `best`."""
+    return BEST if text == BEST else positive(text)
 
 
 def add_choice_flags(group: argparse._ArgumentGroup) -> None:
@@ -187,6 +220,7 @@ def layer_list(text: str) -> tuple[int, ...]:
 def main(argv: Sequence[str]) -> None:
     """Read the flags, and do what they ask for."""
     args = parser().parse_args(hyphenated(argv))
+    args.words = hyphenated(argv)
     check_reconstruction_flags(args, parser())
     with speaking(args) as answer:
         prune(args, answer)
@@ -206,7 +240,7 @@ def prune(args: argparse.Namespace, answer: Answer) -> None:
     if shapes and args.shape is None:
         answer(lambda: {"parent": facts(parent), "shapes": [dataclasses.asdict(shape) for shape in shapes]})
         return
-    shape = shapes[args.shape - 1] if shapes else None
+    shape = chosen(args, parent, shapes)
     if args.reconstruct:
         world = World.from_environment()
         hidden = shape.sizes["hidden"] if shape else args.hidden_remain or parent.config.hidden_size
@@ -246,42 +280,44 @@ def write(
 
 
 def propose(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> list[Shape]:
-    """Show the shapes of the size that was asked for, train the first few if that was asked for, too; return them all.
+    """Show the shapes of the size that was asked for, measure the first few if that was asked for, too; return all.
 
     Raises ValueError where flags contradict.
     """
-    shapes = shapes_from_flags(args, parent, layout)
+    target = target_from_flags(args, parent)
+    if target is None:
+        return []
+    shapes = shapes_from_flags(args, parent, layout, target)
     if args.candidates is not None:
-        check_candidates(args, parent)
-    if shapes and is_first():
-        print(describe_shapes(parent.config, shapes, args.dtype or parent.dtype), flush=True)
+        candidates = measuring()
+        candidates.check(args)
+    if is_first():
+        print(describe_shapes(parent.config, shapes, target.bytes_each, target.cached_tokens), flush=True)
     if args.candidates is not None:
-        measure_candidates(args, parent, layout, shapes[: args.candidates])
-    elif shapes and args.shape is None and is_first():
+        args.save = absolute(args.save)
+        candidates.measure(args.words, args, parent, target, shapes[: args.candidates])
+    elif args.shape is None and is_first():
         print("nothing was written: take one with --shape, or measure the first few with --candidates")
     return shapes
 
 
-def check_candidates(args: argparse.Namespace, parent: Checkpoint) -> None:
-    """Raise ValueError where --candidates cannot be measured."""
+def measuring() -> ModuleType:
+    """Return what measures shapes. Raises ValueError where it is not installed."""
     try:
         from tools import candidates
     except ImportError as error:
-        raise ValueError(
-            "--candidates trains by scripts/check_model.sh: run prune_llama.py of the repository"
-        ) from error
-    candidates.check(args, parent)
+        raise ValueError("--candidates runs scripts/*.sh: run prune_llama.py of the repository") from error
+    return candidates
 
 
-def measure_candidates(args: argparse.Namespace, parent: Checkpoint, layout: Layout, shapes: list[Shape]) -> None:
-    """Train each of the shapes for a while, and rank them."""
-    from tools import candidates
-
-    def prune(shape: Shape, path: Path) -> None:
-        pruned = Pruned(parent, plan_from_flags(args, parent, layout, shape))
-        save_checkpoint(pruned, path, format="torch", layout=layout, dtype=args.dtype, overwrite=True)
-
-    candidates.measure(shapes, absolute(args.save), args, prune)
+def chosen(args: argparse.Namespace, parent: Checkpoint, shapes: list[Shape]) -> Shape | None:
+    """Return the shape that --shape names, None where no size was asked for. Raises ValueError where it is none."""
+    if not shapes:
+        return None
+    number = best_shape(absolute(args.save), parent, shapes) if args.shape == BEST else args.shape
+    if number > len(shapes):
+        raise ValueError(f"--shape {number}: the shapes proposed are 1 to {len(shapes)}")
+    return shapes[number - 1]
 
 
 def show(args: argparse.Namespace, plan: Plan, parent: Checkpoint, pruned: Checkpoint) -> None:

@@ -90,16 +90,20 @@ class StockLoop:
 
 
 def stands_in_for_python(folder: Path) -> Path:
-    """Return what scripts may be given as Python: it lets the process above run pretrain_gpt.py."""
+    """Return what scripts may be given as Python: it lets the process above run the programs that import much."""
+    worker(te=False)  # which lives as long as somebody has a line to it
     script = folder / "python"
-    loop = f'*/pretrain_gpt.py) shift; exec {sys.executable} {__file__} "$@";;'
-    script.write_text(f'#!/bin/sh\ncase "$1" in {loop} esac\nexec {sys.executable} "$@"\n')
+    program = "*/pretrain_gpt.py | */prune_llama.py | */evaluate.py"
+    script.write_text(
+        f'#!/bin/sh\ncase "$1" in {program}) exec {sys.executable} {__file__} "$@";; esac\nexec {sys.executable} "$@"\n'
+    )
     script.chmod(0o755)
     return script
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as here:
-        done = StockLoop(Path(here)).run_all([{"name": "run", "words": sys.argv[1:], "ranks": 1}])["run"]
+        case = {"name": "run", "program": Path(sys.argv[1]).stem, "words": sys.argv[2:], "ranks": 1}
+        done = StockLoop(Path(here)).run_all([case])["run"]
     sys.stdout.write(done.log)
     sys.exit(done.code)

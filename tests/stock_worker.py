@@ -11,6 +11,7 @@ variables of the environment. The last client's leaving ends it.
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -55,7 +56,7 @@ class Case:
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", **(settings or {}),
         }  # fmt: skip
         self.log.touch()
-        self.children: set[int] = set()
+        self.children: dict[int, int] = {}  # a descriptor, which can be read once the process has ended, by its number
         port, tell = os.pipe()
         for rank in range(ranks):
             child = os.fork()
@@ -68,7 +69,7 @@ class Case:
                 if gpu:
                     gpu_stand_in.install()
                 be_rank(self.log, program, words, world)
-            self.children.add(child)
+            self.children[child] = os.pidfd_open(child)
         self.keeper = os.fork()
         if self.keeper == 0:
             keep_store(tell, ranks)
@@ -80,7 +81,7 @@ class Case:
             done, status = os.waitpid(child, os.WNOHANG)
             if not done:
                 continue
-            self.children.remove(child)
+            os.close(self.children.pop(child))
             if status and not self.status:
                 self.status = os.waitstatus_to_exitcode(status)
                 self.deadline = min(self.deadline, time.monotonic() + GRACE)
@@ -130,8 +131,12 @@ def serve(door: socket.socket) -> None:
     """Run the cases of all clients in the order in which they came, `AT_ONCE` of them together."""
     clients, waiting, running = {door.accept()[0]: b""}, list[tuple[socket.socket, dict[str, Any]]](), {}
     while clients or running:
-        # Ranks end without a word, and are looked for; with none of them there is nothing to do but to listen.
-        for ready in select.select([door, *clients], [], [], 0.005 if running or waiting else None)[0]:
+        ends = [end for case in running for end in case.children.values()]
+        # A log is looked into again and again where a line of it has a case killed; a deadline has time.
+        patience = 0.005 if any(case.kill_after for case in running) else 0.5 if running else None
+        for ready in select.select([door, *clients, *ends], [], [], patience)[0]:
+            if ready in ends:  # that a rank has ended is seen below
+                continue
             if ready is door:
                 clients[door.accept()[0]] = b""
             elif said := ready.recv(1 << 16):
@@ -183,4 +188,6 @@ if __name__ == "__main__":
     # A map takes as long as the rest of such a model's pruning; test_pruning.py has one drawn.
     importlib.import_module("prune_llama").plan_figure = lambda plan: b""
 
+    # What is here for good is not looked at again by each rank, which would copy all of it.
+    gc.collect(), gc.freeze()
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -2,17 +2,25 @@
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
-from commands import PRUNE, run
+import torch
+from commands import PRUNE, ROOT, run
 from helpers import make_llama, plan_of, prune, write_documents
 from stock_loop import stands_in_for_python
+from transformers import LlamaForCausalLM
 
+from megatron.pruning.formats import open_checkpoint
+from megatron.pruning.formats.megatron import TRACKER
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.plan.shapes import parse_bytes, parse_count, propose
+from megatron.pruning.plan.measured import Measured
+from megatron.pruning.plan.shapes import Target, parse_bytes, parse_count, propose, short
+from tools import candidates
 
 LLAMA_2_7B = LlamaConfig(32, 4096, 11008, 32, 32, 128, 32000)
 LLAMA_3_8B = LlamaConfig(32, 4096, 14336, 32, 8, 128, 128256)
@@ -24,7 +32,7 @@ LLAMA_2_70B = LlamaConfig(80, 8192, 28672, 64, 8, 128, 32000)
 def test_every_proposal_is_of_the_size_and_divides(
     config: LlamaConfig, ratio: float, tensor: int, pipeline: int
 ) -> None:
-    shapes = propose(config, ratio * config.parameters, Layout(tensor, pipeline))
+    shapes = propose(config, Target(ratio * config.parameters), Layout(tensor, pipeline))
     assert 3 <= len(shapes) <= 10 and len({tuple(sorted(shape.sizes.items())) for shape in shapes}) == len(shapes)
     assert [shape.distance for shape in shapes] == sorted(shape.distance for shape in shapes)
     for shape in shapes:
@@ -38,7 +46,7 @@ def test_every_proposal_is_of_the_size_and_divides(
 
 
 def test_a_tenth_is_taken_from_width_and_not_from_heads_or_layers() -> None:
-    best = propose(LLAMA_2_7B, 0.9 * LLAMA_2_7B.parameters, Layout())[0]
+    best = propose(LLAMA_2_7B, Target(0.9 * LLAMA_2_7B.parameters), Layout())[0]
     assert best.sizes["heads"] == 32 and best.sizes["layers"] >= 30
     assert best.sizes["hidden"] < 4096 or best.sizes["ffn"] < 11008
 
@@ -47,8 +55,11 @@ def test_a_tenth_is_taken_from_width_and_not_from_heads_or_layers() -> None:
     "text,value", [("3.4B", 3.4e9), ("700M", 7e8), ("1e9", 1e9), ("12 k", 12e3), ("7b", 7e9), ("1e3M", 1e9)]
 )
 def test_counts_are_read_as_people_write_them(text: str, value: float) -> None:
-    assert parse_count(text) == value
+    assert parse_count(text) == value and parse_count(short(value)) == value
     assert parse_bytes("8GB") == 8e9 and parse_bytes("7.5 GiB") == 7.5 * 2**30 and parse_bytes("12mib") == 12 * 2**20
+
+
+LEARN, BATCH = ["--data-path=x", "--valid-data-path=y"], ["--seq-length=16", "--global-batch-size=2"]
 
 
 @pytest.mark.parametrize(
@@ -62,16 +73,22 @@ def test_counts_are_read_as_people_write_them(text: str, value: float) -> None:
         (["--target-params=1B"], "is not below the parent's 66,040"),
         (["--target-ratio=0.01"], "the nearest has .*: ask for that, prune in two rounds"),
         (["--target-ratio=0.9", "--tensor-model-parallel-size=3"], "3 does not divide the parent's query groups"),
-        (["--target-ratio=0.6", "--candidates=2", "--data-path=x", "--shape=1"], "leave one of"),
-        (["--target-ratio=0.6", "--candidates=2", "--data-path=x", "--train-iters=abc"], "--train-iters abc is not"),
-        (["--target-ratio=0.5", "--target-params=3B"], "proposes all sizes: leave out --target-"),
+        (["--target-ratio=0.5", "--target-params=3B"], "both say how many parameters"),
         (["--target-ratio=0.5", "--drop-layers=1"], "proposes all sizes: leave out"),
         (["--target-ratio=0.5", "--shape=99"], "--shape 99: the shapes proposed are 1 to"),
         (["--shape=1"], "--shape 1 is of the shapes for a size: add --target-params"),
         (["--candidates=2", "--drop-layers=1"], "add --target-params"),
-        (["--target-ratio=0.6", "--candidates=1"], "at least two shapes"),
-        (["--target-ratio=0.6", "--candidates=2"], "--candidates needs text"),
-        (["--target-ratio=0.6", "--candidates=2", "--data-path", "x"], "--load .*/hf has no tokenizer"),
+        (["--target-ratio=0.5", "--shape=best"], "measure shapes first, with --candidates"),
+        (["--target-ratio=0.5", "--kv-batch=4"], "--kv-batch 4 is of the cache .*: add that"),
+        (["--target-memory=1GB", "--kv-sequence=64"], "is not below the parent's 313,312 bytes"),
+        (["--target-memory=170kB", "--kv-sequence=64", "--kv-batch=100"], "the nearest has .* bytes: ask for that"),
+        (["--target-ratio=0.6", "--candidates=1", *LEARN], "at least two shapes"),
+        (["--target-ratio=0.6", "--candidates=2"], "--candidates reconstructs each shape by a text: add --data-path"),
+        (["--target-ratio=0.6", "--candidates=2", "--data-path=x"], "not learned from: add --valid-data-path"),
+        (["--target-ratio=0.6", "--candidates=2", *LEARN, "--shape=1"], "leave one of"),
+        (["--target-ratio=0.6", "--candidates=2", *LEARN, "--measure=1k"], "counts tokens: add --seq-length N"),
+        (["--target-ratio=0.6", "--candidates=2", *LEARN, "--measure=lots", *BATCH], "'lots' is not a number"),
+        (["--target-ratio=0.6", "--candidates=2", *LEARN, "--measure=60", *BATCH], "at least four steps, of 32 tokens"),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(gqa: Path, tmp_path: Path, flags: list[str], complaint: str) -> None:
@@ -96,26 +113,113 @@ def test_proposals_are_shown_and_one_is_taken(gqa: Path, tmp_path: Path, capsys:
     assert rows and all(0.98 * 40_000 <= int(row[6].replace(",", "")) <= 40_000 for row in rows)
 
 
+def test_memory_is_that_of_the_weights_file_and_of_the_cache_and_both_targets_hold(gqa: Path, tmp_path: Path) -> None:
+    config = open_checkpoint(gqa).config
+    target = Target(0.7 * config.parameters, 262_000, bytes_each=4, cached_tokens=2 * 64)
+    shapes = propose(config, target, Layout())
+    assert len(shapes) > 1 and min(shape.sizes["layers"] for shape in shapes) < config.num_layers
+    flags = ["--target-ratio=0.7", "--target-memory=262kB", "--kv-batch=2", "--kv-sequence=64", "--format=hf"]
+    for number, shape in enumerate(shapes, start=1):
+        saved = prune(gqa, tmp_path / f"{number}", *flags, f"--shape={number}")
+        file = saved / "model.safetensors"
+        header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        model = LlamaForCausalLM.from_pretrained(saved)
+        cache = model(torch.zeros(2, 64, dtype=torch.long)).past_key_values
+        cached = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+        assert shape.memory(4, 2 * 64) == file.stat().st_size - header + cached <= 262_000
+        assert abs(shape.parameters / (0.7 * config.parameters) - 1) <= 0.02
+
+
 @pytest.mark.slow
-def test_candidates_are_trained_and_ranked(tmp_path: Path) -> None:
-    source = make_llama(tmp_path / "hf", "gqa", vocab=128)
-    write_documents(tmp_path / "data", np.tile(np.random.default_rng(0).integers(0, 128, 40), 100))
-    command = f"--load {source} --save {tmp_path / 'out'} --target-ratio 0.6 --candidates 2 --train-iters 4 --lr 1e-2 "
-    command += f"--train-data-path {tmp_path / 'data'} --valid-data-path {tmp_path / 'data'} --seq-length 32 "
-    command += "--tokenizer-type NullTokenizer --tokenizer-model none --vocab-size 128 --micro-batch-size 2 "
-    command += "--global-batch-size 2 --eval-iters 2 --lr-warmup-iters 2"
-    done = run(sys.executable, PRUNE, *command.split(), PYTHON=stands_in_for_python(tmp_path))
+def test_candidates_are_reconstructed_and_the_best_trained_on(tmp_path: Path) -> None:
+    source, text, save = make_llama(tmp_path / "hf", "gqa", vocab=128), tmp_path / "data", tmp_path / "out"
+    write_documents(text, np.tile(np.random.default_rng(0).integers(0, 128, 40), 100))
+    settings: dict[str, object] = {"PYTHON": stands_in_for_python(tmp_path)}
+    command = f"--load {source} --save {save} --target-ratio 0.6 --data-path {text} --sequences 8 --sequence-length 32 "
+    command += "--min-scores-tokens 1 "
+    measure = f"--candidates 4 --measure 512 --valid-data-path {text} --seq-length 32 --micro-batch-size 2 "
+    measure += "--global-batch-size 2 --lr 1e-2 --lr-warmup-iters 2 --tokenizer-type NullTokenizer "
+    measure += "--tokenizer-model none --vocab-size 128"
+    done = run(sys.executable, PRUNE, *command.split(), *measure.split(), **settings)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    ranking = json.loads((tmp_path / "out.candidates/losses.json").read_text())
-    best = min(ranking, key=lambda entry: entry["loss"])
-    assert len(ranking) == 2 and all(3 < entry["loss"] < 6 for entry in ranking)
-    assert f"take the first with --shape {best['shape']} instead of --candidates" in done.stdout
-    assert sorted(p.name for p in (tmp_path / "out.candidates").iterdir()) == [
-        "losses.json", "shape1.log", "shape2.log",
-    ]  # fmt: skip
+    folder = tmp_path / "out.candidates"
+    measured = Measured.from_json((folder / "shapes.json").read_bytes(), "file")
+    by_tokens = {t: [n for n, s in enumerate(measured.shapes, 1) if t in s.losses] for t in (0, 128, 256, 512)}
+    assert by_tokens[0] == [1, 2, 3, 4]
+    for before, after, count in ((0, 128, 3), (128, 256, 2), (256, 512, 1)):
+        ranked = sorted(by_tokens[before], key=lambda number: measured.shapes[number - 1].losses[before])
+        assert sorted(ranked[:count]) == by_tokens[after]
+    best = measured.ranked()[0]
+    assert [best] == by_tokens[512] and done.stdout.splitlines()[-6].split()[:2] == ["1", f"{best}"]
+    logs = [f"shape{number}.log" for number in by_tokens[0]]
+    assert sorted(p.name for p in folder.iterdir()) == ["parent.log", *logs, "shapes.json", "shapes.png"]
+    # The best is what a user's own command makes of that shape.
+    taken = run(
+        "bash", str(ROOT / "scripts/prune_llama.sh"), *command.split(), "--reconstruct", "--shape=best", **settings
+    )
+    assert taken.returncode == 0, taken.stderr[-2000:]
+    loss = run(f"{settings['PYTHON']}", str(ROOT / "tools/evaluate.py"), "--load", str(save), "--data", str(text),
+               "--sequence-length=32", "--json", str(tmp_path / "loss.json"))  # fmt: skip
+    assert loss.returncode == 0, loss.stderr[-2000:]
+    assert json.loads((tmp_path / "loss.json").read_text())[0]["loss"] == measured.shapes[best - 1].losses[0]
+
+
+class Interrupted:
+    """Stands in for the steps of a measurement, which it notes, and ends the run at one of them."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.last = -1
+
+    def __call__(self, command: Sequence[str], settings: Mapping[str, str], log: Path) -> None:
+        what = Path(command[1]).name
+        save = settings.get("SAVE_PATH", "")
+        if len(self.steps) == self.last:
+            self.last = -1
+            raise KeyboardInterrupt
+        if what == "evaluate.py":
+            model = Path(command[command.index("--load") + 1])
+            trained = model / TRACKER
+            seed = f"{model.parent.name} {trained.read_text() if trained.exists() else 0}"
+            loss = Random(seed).random()
+            Path(command[command.index("--json") + 1]).write_text(json.dumps([{"loss": loss}]))
+            what += f" {seed}"
+        elif what == "check_model.sh":
+            assert (Path(settings["LOAD_PATH"]) / "model").exists()
+            Path(save).mkdir(exist_ok=True)
+            (Path(save) / TRACKER).write_text(command[command.index("--exit-interval") + 1])
+        else:
+            Path(save).mkdir()
+            (Path(save) / "model").touch()
+        self.steps.append(f"{what} {Path(save).parent.name}")
+
+
+def test_a_measurement_goes_on_wherever_it_was_ended(
+    gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--target-ratio=0.6", "--candidates=5", "--measure=2k", "--seq-length=32", "--global-batch-size=2", *LEARN]
+    found = {}
+    for last in range(-1, 100):
+        save = tmp_path / f"{last}"
+        monkeypatch.setattr(candidates, "_run", steps := Interrupted())
+        steps.last = last
+        if last >= 0:
+            with pytest.raises(KeyboardInterrupt):
+                prune(gqa, save, *words)
+        prune(gqa, save, *words)
+        found[last] = (save.with_name(f"{last}.candidates") / "shapes.json").read_bytes()
+        if last < 0:
+            steps_of_all = steps.steps
+        # A step that was ended is the only one that is done again; what it had made is taken away.
+        assert sorted(steps.steps) == sorted(steps_of_all)
+        if last == len(steps_of_all) - 1:
+            break
+    assert len(set(found.values())) == 1 and len(steps_of_all) == 1 + 2 * (5 + 3 + 2 + 1)
+    with pytest.raises(ValueError, match=r"is of other shapes or flags: remove .*candidates, or name another"):
+        prune(gqa, tmp_path / "-1", *words, "--ridge=1")
 
 
 def test_an_ffn_narrower_than_its_steps_over_the_ranks_stays_as_it_is() -> None:
     config = LlamaConfig(12, 1024, 512, 16, 16, 64, 32000)
-    shapes = propose(config, config.parameters * 0.7, Layout(16))
+    shapes = propose(config, Target(config.parameters * 0.7), Layout(16))
     assert shapes and all(shape.sizes["ffn"] == 512 for shape in shapes)

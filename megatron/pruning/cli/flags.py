@@ -59,6 +59,17 @@ def _hyphenated_flag(word: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
+def without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Return the words of a command line, hyphenated, without these flags, of which each has one value."""
+    left: list[str] = []
+    for word in words:
+        if left and left[-1] in flags:  # its value
+            left.pop()
+        elif word.partition("=")[0] not in flags or word in flags:
+            left.append(word)
+    return left
+
+
 @functools.cache
 def megatron_flags() -> dict[str, str]:
     """Return Megatron's flags (hyphenated, with `--`) and the number of values of each: 0, 1, 3, + or *."""

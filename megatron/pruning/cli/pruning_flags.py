@@ -17,7 +17,7 @@ from megatron.pruning.plan.decide import REMAIN_FLAGS, PruneRequest, decide
 from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.reconstructed import Report
 from megatron.pruning.plan.scores import Scores, digest, read_for
-from megatron.pruning.plan.shapes import Shape, parse_bytes, parse_count, propose
+from megatron.pruning.plan.shapes import Shape, Target, parse_bytes, parse_count, propose
 from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.small_files import read_small
 
@@ -119,34 +119,45 @@ def pruning_facts(
     }
 
 
-def shapes_from_flags(args: argparse.Namespace, parent: Checkpoint, layout: Layout) -> list[Shape]:
-    """Return the shapes of the wanted size, none if no size was asked for. Raises ValueError where flags contradict."""
+def target_from_flags(args: argparse.Namespace, parent: Checkpoint) -> Target | None:
+    """Return what size is asked for, None if none is. Raises ValueError where flags contradict."""
     given = {
         "--target-params": args.target_params,
-        "--target-memory": args.target_memory,
         "--target-ratio": args.target_ratio,
+        "--target-memory": args.target_memory,
     }
     asked = [flag for flag, value in given.items() if value is not None]
     if not asked:
         for flag, value in (("--shape", args.shape), ("--candidates", args.candidates)):
             if value is not None:
                 raise ValueError(f"{flag} {value} is of the shapes for a size: add --target-params, or another target")
-        return []
+    elif args.target_params is not None and args.target_ratio is not None:
+        raise ValueError("--target-params and --target-ratio both say how many parameters: leave one of them out")
+    for flag, value in (("--kv-batch", args.kv_batch), ("--kv-sequence", args.kv_sequence)):
+        if value is not None and args.target_memory is None:
+            raise ValueError(f"{flag} {value} is of the cache that takes a share of --target-memory: add that")
+    if not asked:
+        return None
+    cached = 0
+    if args.kv_batch is not None or args.kv_sequence is not None:
+        cached = (args.kv_batch or 1) * (args.kv_sequence or parent.config.max_position_embeddings)
+    parameters = None if args.target_params is None else parse_count(args.target_params)
+    if args.target_ratio is not None:
+        if not 0 < args.target_ratio < 1:
+            raise ValueError(f"--target-ratio {args.target_ratio} must lie between 0 and 1")
+        parameters = args.target_ratio * parent.config.parameters
+    return Target(
+        parameters=parameters,
+        memory=None if args.target_memory is None else parse_bytes(args.target_memory),
+        bytes_each=BYTES[args.dtype or parent.dtype],
+        cached_tokens=cached,
+    )
+
+
+def shapes_from_flags(args: argparse.Namespace, parent: Checkpoint, layout: Layout, target: Target) -> list[Shape]:
+    """Return the shapes of the wanted size. Raises ValueError where other flags contradict, or there are none."""
     request = request_from_flags(args, layout)
-    if len(asked) > 1 or request.remain or request.drop_layers or args.plan is not None:
-        others = asked[1:] or [*REMAIN_FLAGS, "--plan"]
-        raise ValueError(f"{asked[0]} proposes all sizes: leave out {', '.join(others)}")
-    shapes = propose(parent.config, _wanted_parameters(args, parent), layout, ceiling=args.target_memory is not None)
-    if args.shape is not None and not 1 <= args.shape <= len(shapes):
-        raise ValueError(f"--shape {args.shape}: the shapes proposed are 1 to {len(shapes)}")
-    return shapes
-
-
-def _wanted_parameters(args: argparse.Namespace, parent: Checkpoint) -> float:
-    if args.target_params is not None:
-        return parse_count(args.target_params)
-    if args.target_memory is not None:
-        return parse_bytes(args.target_memory) / BYTES[args.dtype or parent.dtype]
-    if not 0 < args.target_ratio < 1:
-        raise ValueError(f"--target-ratio {args.target_ratio} must lie between 0 and 1")
-    return float(args.target_ratio * parent.config.parameters)
+    if request.remain or request.drop_layers or args.plan is not None:
+        others = ", ".join((*REMAIN_FLAGS, "--plan"))
+        raise ValueError(f"a target proposes all sizes: leave out {others}, or the target")
+    return propose(parent.config, target, layout)

@@ -61,10 +61,9 @@ def check_reconstruction_flags(args: argparse.Namespace, parser: argparse.Argume
     """Raise ValueError where prune_llama.py is to reconstruct without a text, or is told how without being told to."""
     if args.reconstruct and not args.data_path:
         raise ValueError("--reconstruct learns from text: add --data-path PREFIX")
-    if args.reconstruct and args.candidates is not None:
-        raise ValueError("--candidates trains shapes that are cut: leave out --reconstruct")
+    reconstructs = args.reconstruct or args.candidates is not None
     for name in _OPTIONS:
-        if not args.reconstruct and getattr(args, name) != parser.get_default(name):
+        if not reconstructs and getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} is for a reconstruction: add --reconstruct")
 
 

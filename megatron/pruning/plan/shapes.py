@@ -1,4 +1,4 @@
-"""Shapes that have about a wanted number of parameters, and that hardware likes: proposed, ranked, not measured.
+"""Shapes of about a wanted size, and that hardware likes: proposed, ranked, not measured.
 
 The rank is a prior after Minitron's best practices (arXiv 2407.14679): take from hidden and ffn first and evenly, from
 heads and layers reluctantly. It sums, over the axes, a weight times the squared logarithm of how much smaller the axis
@@ -16,7 +16,6 @@ from megatron.pruning.model.hf_config import hf_export_problem
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.weights import parameter_count
 from megatron.pruning.plan.report import table
-from megatron.pruning.storage.dtypes import BYTES
 
 RELUCTANCE = {"hidden": 1.0, "ffn": 1.0, "heads": 2.0, "layers": 4.0}
 SMALLEST = {"hidden": 0.4, "ffn": 0.3, "heads": 0.5, "layers": 0.5}  # of the parent's size
@@ -29,11 +28,70 @@ _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class Shape:
-    """A proposal: the sizes of all axes, the parameters, and its distance from the parent in the prior's measure."""
+    """A proposal: the sizes of all axes, the parameters, and its distance from the parent in the prior's measure.
+
+    `multiplied` are the parameters that a token is multiplied by on its way: all but those of an embedding that is not
+    the output layer.
+    """
 
     sizes: Mapping[str, int]
     parameters: int
+    multiplied: int
     distance: float
+
+    @property
+    def operations(self) -> int:
+        """FLOPs of one token's forward pass through the weights; attention over the context comes on top."""
+        return 2 * self.multiplied
+
+    def memory(self, bytes_each: int, cached_tokens: int = 0) -> int:
+        """Return the bytes of the weights, and of the keys and values of so many tokens, at `bytes_each` a number."""
+        return bytes_each * (self.parameters + cached_tokens * cached_numbers(self.sizes))
+
+
+def cached_numbers(sizes: Mapping[str, int]) -> int:
+    """Return how many numbers generation keeps of each token: a key and a value in every group of every layer."""
+    return 2 * sizes["layers"] * sizes["groups"] * sizes["head_dim"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a shape is to be: of about so many `parameters`, at most so many bytes of `memory`, or both.
+
+    The memory is that of the weights, and of the keys and values of `cached_tokens` (sequences times their tokens), at
+    `bytes_each` a number.
+    """
+
+    parameters: float | None = None
+    memory: float | None = None
+    bytes_each: int = 2
+    cached_tokens: int = 0
+
+    def __str__(self) -> str:
+        parameters, memory = self.parameters, self.memory
+        cache = f" and the cache of {self.cached_tokens:,} tokens" if self.cached_tokens else ""
+        said = [] if parameters is None else [f"about {parameters:,.0f} parameters"]
+        said += [] if memory is None else [f"at most {memory:,.0f} bytes of weights{cache}"]
+        return " in ".join(said)
+
+    def room(self, sizes: Mapping[str, int]) -> float:
+        """Return the parameters for which there is memory beside the cache of a shape of these layers and groups."""
+        if self.memory is None:
+            return math.inf
+        return self.memory / self.bytes_each - self.cached_tokens * cached_numbers(sizes)
+
+    def bounds(self, sizes: Mapping[str, int]) -> tuple[float, float]:
+        """Return the fewest and the most parameters that a shape of these layers and groups may have."""
+        room = self.room(sizes)
+        about = room if self.parameters is None else self.parameters
+        return about * (1 - TOLERANCE), min(about * (1 + TOLERANCE), room)
+
+    def miss(self, shape: Shape) -> float:
+        """Return by what factor a shape misses the target, as a logarithm: 0 where it does not."""
+        fewest, most = self.bounds(shape.sizes)
+        if most < fewest or most <= 0:  # no ffn would do with these layers and groups
+            return math.inf
+        return max(0.0, math.log(fewest / shape.parameters), math.log(shape.parameters / most))
 
 
 def parse_count(text: str) -> float:
@@ -46,6 +104,12 @@ def parse_count(text: str) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{text!r} is not a number such as 3.4B or 700M")
     return value
+
+
+def short(count: float) -> str:
+    """Write a count as `parse_count` reads it, to three digits: 3.37B."""
+    unit = next((unit for unit in "TBMK" if count >= _UNITS[unit]), "")
+    return f"{count / _UNITS[unit]:.3g}{unit}"
 
 
 def parse_bytes(text: str) -> float:
@@ -61,26 +125,30 @@ def parse_bytes(text: str) -> float:
     return value * float(1024**power if match[3] else 1000**power)
 
 
-def propose(config: LlamaConfig, wanted: float, layout: Layout, ceiling: bool = False) -> list[Shape]:
-    """Return at most `PROPOSALS` shapes of about `wanted` parameters that can be cut to `layout`, the best first.
+def propose(config: LlamaConfig, target: Target, layout: Layout) -> list[Shape]:
+    """Return at most `PROPOSALS` shapes as `target` wants them that can be cut to `layout`, the best first.
 
-    With `ceiling` none has more. Raises ValueError when there is none, naming the nearest.
+    Raises ValueError when there is none, naming the nearest.
     """
     layout.check_split(config.sizes, "the parent's")
-    if not 0 < wanted < config.parameters:
-        raise ValueError(
-            f"the target of {wanted:,.0f} parameters is not below the parent's {config.parameters:,}: ask for fewer"
-        )
-    found = sorted(_all(config, wanted, layout, ceiling), key=lambda shape: (shape.distance, -shape.parameters))
-    near = [shape for shape in found if abs(shape.parameters / wanted - 1) <= TOLERANCE]
-    near = [shape for shape in near if not ceiling or shape.parameters <= wanted]
+    parent = Shape(config.sizes, config.parameters, _multiplied(config.parameters, config.sizes, config.tied), 0.0)
+    needs = parent.memory(target.bytes_each, target.cached_tokens)
+    if not 0 < (target.parameters or 1) < config.parameters or not 0 < (target.memory or 1) < math.inf:
+        raise ValueError(f"{target}: that is not below the parent's {config.parameters:,} parameters: ask for fewer")
+    if target.parameters is None and needs <= (target.memory or 0):
+        raise ValueError(f"{target}: that is not below the parent's {needs:,} bytes: ask for fewer")
+    found = list(_all(config, target, layout))
+    if not found:
+        raise ValueError(f"no smaller shape of {config.sizes} divides over {layout}: choose another layout")
+    near = sorted(
+        (shape for shape in found if not target.miss(shape)), key=lambda shape: (shape.distance, -shape.parameters)
+    )
     if not near:
-        if not found:
-            raise ValueError(f"no smaller shape of {config.sizes} divides over {layout}: choose another layout")
-        nearest = min(found, key=lambda shape: abs(math.log(shape.parameters / wanted)))
+        nearest = min(found, key=target.miss)
+        takes = nearest.memory(target.bytes_each, target.cached_tokens)
         raise ValueError(
-            f"no shape is within {TOLERANCE:.0%} of {wanted:,.0f} parameters, the nearest has {nearest.parameters:,}: "
-            "ask for that, prune in two rounds if it is too large, or name the sizes with the _remain flags"
+            f"no shape has {target}; the nearest has {nearest.parameters:,} and takes {takes:,} bytes: ask for that, "
+            "prune in two rounds if it is too large, or name the sizes with the _remain flags"
         )
     chosen: list[Shape] = []
     for shape in near:
@@ -90,8 +158,8 @@ def propose(config: LlamaConfig, wanted: float, layout: Layout, ceiling: bool = 
     return chosen
 
 
-def _all(config: LlamaConfig, wanted: float, layout: Layout, ceiling: bool) -> Iterator[Shape]:
-    """Yield every hidden size, heads and layers in reach, each with the ffn that comes nearest to `wanted`."""
+def _all(config: LlamaConfig, target: Target, layout: Layout) -> Iterator[Shape]:
+    """Yield every hidden size, heads and layers in reach, each with the ffn that comes nearest to the target."""
     parent = config.sizes
     ffn_step = min(step(parent["ffn"], 64) * layout.tensor, parent["ffn"])
     widest = parent["ffn"] // ffn_step
@@ -109,14 +177,21 @@ def _all(config: LlamaConfig, wanted: float, layout: Layout, ceiling: bool) -> I
             for layers in _down(parent["layers"], layout.pipeline, SMALLEST["layers"]):
                 if layers % layout.pipeline:
                     continue
-                steps = (wanted - outside - layers * (one - outside)) / (layers * (wider - one)) / ffn_step
-                ffn = min(max(int(steps if ceiling else steps + 0.5), narrowest), widest) * ffn_step
+                shape = {**sizes, "layers": layers}
+                about, room = target.parameters or math.inf, target.room(shape)
+                steps = (min(about, room) - outside - layers * (one - outside)) / (layers * (wider - one)) / ffn_step
+                ffn = min(max(int(steps if room < about else steps + 0.5), narrowest), widest) * ffn_step
                 if steps * ffn_step >= parent["ffn"]:
                     ffn = parent["ffn"]
-                shape = {**sizes, "layers": layers, "ffn": ffn}
+                shape["ffn"] = ffn
                 if shape != parent:
                     parameters = outside + layers * (one - outside + ffn * (wider - one))
-                    yield Shape(shape, parameters, _distance(shape, parent))
+                    multiplied = _multiplied(parameters, shape, config.tied)
+                    yield Shape(shape, parameters, multiplied, _distance(shape, parent))
+
+
+def _multiplied(parameters: int, sizes: Mapping[str, int], tied: bool) -> int:
+    return parameters - (0 if tied else sizes["vocab"] * sizes["hidden"])
 
 
 def step(size: int, usual: int) -> int:
@@ -143,25 +218,20 @@ def _distance(sizes: Mapping[str, int], parent: Mapping[str, int]) -> float:
     return sum(weight * math.log(parent[axis] / sizes[axis]) ** 2 for axis, weight in RELUCTANCE.items())
 
 
-def describe_shapes(config: LlamaConfig, shapes: Sequence[Shape], dtype: str) -> str:
-    """Return the proposals as a table.
-
-    FLOPs are those of one token's forward pass through the weights; attention over the context comes on top.
-    """
+def describe_shapes(config: LlamaConfig, shapes: Sequence[Shape], bytes_each: int, cached_tokens: int = 0) -> str:
+    """Return the proposals as a table; the memory of the cache stands in it where it is of some tokens."""
+    cache = ["with cache"] if cached_tokens else []
     rows: list[Sequence[str]] = [
-        ("shape", *PRUNABLE, "parameters", "of parent", "weights", "GFLOP/token",
-         "KV bytes/token", "distance")
-    ]  # fmt: skip
+        ("shape", *PRUNABLE, "parameters", "of parent", "weights", *cache, "GFLOP/token", "KV bytes/token", "distance")
+    ]
     for number, shape in enumerate(shapes, start=1):
-        sizes, bytes_each = shape.sizes, BYTES[dtype]
-        multiplied = shape.parameters - (0 if config.tied else sizes["vocab"] * sizes["hidden"])
-        cached = 2 * sizes["layers"] * sizes["groups"] * sizes["head_dim"] * bytes_each
+        memory = [shape.memory(bytes_each, tokens) for tokens in (0, cached_tokens)][: 1 + len(cache)]
         rows.append(
             (
-                f"{number}", *(f"{sizes[axis]:,}" for axis in PRUNABLE),
+                f"{number}", *(f"{shape.sizes[axis]:,}" for axis in PRUNABLE),
                 f"{shape.parameters:,}", f"{shape.parameters / config.parameters:.1%}",
-                f"{shape.parameters * bytes_each / 1e9:.3g} GB", f"{2 * multiplied / 1e9:.3g}", f"{cached:,}",
-                f"{shape.distance:.3f}",
+                *(f"{size / 1e9:.3g} GB" for size in memory), f"{shape.operations / 1e9:.3g}",
+                f"{bytes_each * cached_numbers(shape.sizes):,}", f"{shape.distance:.3f}",
             )
         )  # fmt: skip
     return table(rows)

@@ -86,7 +86,7 @@ def parse_as[T](kind: type[T], raw: bytes, what: str) -> T:
     Raises ValueError, naming `what` and the place in it, as in "keep.per_layer[3].ffn is missing".
     """
     try:
-        found: T = msgspec.convert(parse_json(raw, what), kind)
+        found: T = msgspec.convert(parse_json(raw, what), kind, str_keys=True)
         return found
     except msgspec.ValidationError as error:
         told, _, place = str(error).partition(" - at `$")
