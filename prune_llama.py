@@ -219,9 +219,10 @@ def layer_list(text: str) -> tuple[int, ...]:
 
 def main(argv: Sequence[str]) -> None:
     """Read the flags, and do what they ask for."""
-    args = parser().parse_args(hyphenated(argv))
-    args.words = hyphenated(argv)
-    check_reconstruction_flags(args, parser())
+    flags, words = parser(), hyphenated(argv)
+    args = flags.parse_args(words)
+    args.words = words
+    check_reconstruction_flags(args, flags)
     with speaking(args) as answer:
         prune(args, answer)
 

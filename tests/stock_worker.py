@@ -185,8 +185,9 @@ if __name__ == "__main__":
     # The tokens of a test, too, are to be more than are taken at once.
     importlib.import_module(f"{ours}.divergence")._FP32_VALUES = 1000
     importlib.import_module(f"{ours}.teacher_cache").FILE_BYTES = 4_000
-    # A map takes as long as the rest of such a model's pruning; test_pruning.py has one drawn.
+    # A picture takes as long as the rest of such a model's pruning; test_figures.py has some drawn.
     importlib.import_module("prune_llama").plan_figure = lambda plan: b""
+    importlib.import_module("megatron.pruning.cli.reconstruction").report_figure = lambda report: b""
 
     # What is here for good is not looked at again by each rank, which would copy all of it.
     gc.collect(), gc.freeze()

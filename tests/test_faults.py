@@ -131,7 +131,7 @@ class Killing:
         """Run once to the end, to know how long it takes, how long of that it writes, and what comes out."""
         if name not in self.wanted:
             begin = time.monotonic()
-            process = self.start(name)
+            process = self.start(name, alone=True)
             self._wait_for_writing(process)
             writes = time.monotonic()
             _, said = process.communicate()

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import run, torchrun
 from meeting import Meeting
+from stock_loop import StockLoop
 
 from megatron.pruning.storage import processes
 from megatron.pruning.storage.processes import World
@@ -105,42 +105,17 @@ def test_a_left_over_environment_is_told_and_not_waited_for(
     assert time.monotonic() - begin < 20
 
 
-# Rank 0 waits as for nccl: in code that lets no signal through, and that hears nothing of the other's end.
-WAITS = """
-import sys
-from datetime import timedelta
-import torch.distributed as dist
-from megatron.pruning.cli.entry import run
-from megatron.pruning.storage.processes import EndedTogether
-
-EndedTogether.EVERY, EndedTogether.GRACE = 0.2, 0.5
-
-def main(argv):
-    dist.init_process_group("gloo")
-    dist.barrier()
-    with EndedTogether():
-        if dist.get_rank() == 1:
-            raise {error}
-        try:
-            dist.distributed_c10d._get_default_store().wait(["never"], timedelta(seconds={seconds}))
-        except dist.DistStoreError:
-            print("waited to the end", flush=True)
-
-run(main)
-"""
-
-
 @pytest.mark.slow
 def test_a_process_that_fails_ends_one_that_waits_where_no_signal_comes_through(tmp_path: Path) -> None:
-    error = "RuntimeError('CUDA out of memory')"
-    (tmp_path / "program.py").write_text(WAITS.format(error=error, seconds=200))
-    done = run(*torchrun(2), str(tmp_path / "program.py"))
-    assert done.returncode == 1 and "SIGKILL" not in done.stderr
-    assert f"[rank 0] error: process 1 of this run has ended: {error.split(chr(39))[1]}\n" in done.stderr
-
-
-@pytest.mark.slow
-def test_a_process_that_ends_as_it_should_ends_no_other(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(WAITS.format(error="SystemExit", seconds=3))
-    done = run(*torchrun(2), str(tmp_path / "program.py"))
-    assert (done.returncode, done.stdout) == (0, "waited to the end\n"), done.stderr
+    case = {"program": "waiting_worker", "ranks": 2}
+    runs = StockLoop(tmp_path).run_all(
+        [
+            {**case, "name": "fails", "words": ["fails", "200"]},
+            {**case, "name": "ends", "words": ["ends", "3"]},
+        ]
+    )
+    # Each by itself: what would kill the one that waits gives it two seconds.
+    assert runs["fails"].code
+    assert "[rank 0] error: process 1 of this run has ended: CUDA out of memory\n" in runs["fails"].log
+    ends = runs["ends"].ok()
+    assert ends.log.endswith("waited to the end\n") and "error" not in ends.log, "who ends as it should ends no other"

@@ -364,7 +364,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(runs: Path, tmp_path: Path, deat
         ("gqa", "--data-path 0.5 text -1 text", "each text once, with a weight above 0"),
         ("gqa", "--data-path text --sequence-length 65", "more than the 64 positions"),
         ("gqa", "", "--reconstruct learns from text: add --data-path"),
-        ("gqa", "--data-path text --candidates 2", "leave out --reconstruct"),
+        ("gqa", "--data-path text --candidates 2", "--candidates 2 is of the shapes for a size"),
     ],
 )
 def test_mistakes_are_said_before_any_work(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT
-from helpers import convert, load_whole
+from helpers import convert, load_whole, write_documents
 from stock_loop import Run, StockLoop, environment
 
 from megatron.pruning.model.layout import Layout
@@ -152,10 +152,11 @@ def test_starts_on_a_gpu_without_transformer_engine_and_apex(layout: str, forker
 
 
 def test_validation_over_all_of_its_text_in_batches_of_its_own_is_alike_in_layouts(
-    forker: StockLoop, trained: dict[str, Run]
+    folder: Path, forker: StockLoop, trained: dict[str, Run]
 ) -> None:
+    write_documents(folder / "valid", *np.random.default_rng(1).integers(0, 62, size=(9, 100)))
     words = f"{MODEL} {TRAINING} {DATA} --load dist --ckpt-step {SAVED} --exit-interval {SAVED + 1} --eval-interval 1"
-    words += " --valid-data-path data --full-validation --multiple-validation-sets"
+    words += " --valid-data-path valid --full-validation --multiple-validation-sets"
     words += " --eval-micro-batch-size 1 --eval-global-batch-size 1"
     runs = [forker.run("valid_1", words), forker.run("valid_2", f"{words} --tensor-model-parallel-size 2", ranks=2)]
     losses = [re.findall(r"validation-0 loss at iteration .*lm loss value: (\S+)", run.ok().log) for run in runs]
