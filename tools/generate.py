@@ -16,11 +16,12 @@ from typing import Any
 
 from megatron.pruning.cli.entry import plain, run
 from megatron.pruning.cli.flags import hyphenated, natural, new_parser, positive
+from megatron.pruning.cli.speech import add_speech_flags, speaking
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.plan.choose import SEED
 from megatron.pruning.storage.dtypes import TORCH_NAMES
-from megatron.pruning.storage.small_files import read_small
+from megatron.pruning.storage.small_files import as_json, read_small, replace_durably
 from megatron.pruning.training.hf_model import build, tokenizer_of
 
 PENALTY = 1.2  # of a repetition, where the likeliest is taken: a small model soon repeats itself
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=tuple(TORCH_NAMES), help="dtype to compute in (default: the checkpoint's own)"
     )
     parser.add_argument("--device", metavar="NAME", help="device to compute on (default: a GPU when there is one)")
+    add_speech_flags(parser, into_file=True)
     return parser
 
 
@@ -118,8 +120,15 @@ def write(checkpoint: Checkpoint, prompts: Sequence[str], args: argparse.Namespa
 
 
 def main(argv: Sequence[str]) -> None:
-    """Let every checkpoint continue every prompt, and print it by prompt."""
+    """Read the flags, and let every checkpoint continue every prompt."""
     args = parser().parse_args(hyphenated(argv))
+    with speaking(args) as answer:
+        texts = generate(args)
+        answer(lambda: texts)
+
+
+def generate(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Let every checkpoint continue every prompt, print it by prompt, and return it: what each path wrote."""
     prompts = prompts_of(args)
     checkpoints = [open_checkpoint(path) for path in args.load]
     # It imports torch, which takes seconds that --help and the mistakes above do not need.
@@ -127,12 +136,18 @@ def main(argv: Sequence[str]) -> None:
 
     device = device_named(args.device)
     written = [write(checkpoint, prompts, args, device) for checkpoint in checkpoints]
+    found: list[dict[str, Any]] = []
     for prompt, *texts in zip(prompts, *written, strict=True):
         print(f"--- {prompt!r}")
         for path, text in zip(args.load, texts, strict=True):
             if len(texts) > 1:
                 print(f"[{path}]")
             print(f"{plain(text)}\n")
+        wrote = [{"path": str(path), "text": text} for path, text in zip(args.load, texts, strict=True)]
+        found.append({"prompt": prompt, "texts": wrote})
+    if isinstance(args.json, Path):
+        replace_durably(args.json, as_json(found))
+    return found
 
 
 def command() -> None:
