@@ -80,6 +80,7 @@ def test_pruning_and_converting_need_no_torch(installed: Path, required: Path, t
         words = ["--load", out, "--save", tmp_path / format, f"--format={format}"]
         run(installed, "convert", *words, alone=required)
     assert "verified" in run(installed, "show", tmp_path / "hf", "--verify", "--digest", alone=required)
+    assert "\nlibrary_name: transformers\n" in (tmp_path / "hf/README.md").read_text()
     run(installed, "prune", "--load", parent, "--save", tmp_path / "p", *sizes, "--plan-only", alone=required)
     for command in ("score", "evaluate"):
         words = ["--load", parent, "--data", text, *(["--save", tmp_path / "s"] if command == "score" else [])]

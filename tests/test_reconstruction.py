@@ -296,8 +296,10 @@ def test_every_family_and_axis_comes_nearer_to_its_parent(runs: Path, tmp_path: 
     assert (found - wanted).square().mean() < 0.9 * (cut - wanted).square().mean()
     for weight in report.weights:
         assert weight.after[0] <= weight.before[0] and weight.after[1] <= weight.before[1], weight
-    # The losses that it reports, measured by transformers.
+    # The losses that it reports, measured by transformers, and which the model card has.
     assert report.losses is not None
+    said = " | ".join(f"{loss:.3f}" for loss in msgspec.structs.astuple(report.losses))
+    assert f"| {said} |" in (runs / name / "README.md").read_text()
     for logits, loss in zip((wanted, cut, found), msgspec.structs.astuple(report.losses), strict=True):
         lost = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         assert loss == pytest.approx(float(lost), abs=2e-5)

@@ -78,10 +78,18 @@ def describe(checkpoint: Checkpoint) -> str:
         "rope": f"theta {config.rope_theta:g}" + (f", {dict(config.rope_scaling)}" if config.rope_scaling else ""),
         "norm epsilon": f"{config.norm_epsilon:g}",
         "max positions": str(config.max_position_embeddings),
+        **({"first parent": first_parent(checkpoint)} if checkpoint.lineage.origin.name else {}),
         "pruned": f"by {PLAN_FILE}" if (checkpoint.root / PLAN_FILE).is_file() else "no plan beside it",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
+
+
+def first_parent(checkpoint: Checkpoint) -> str:
+    """Return what is known of the model of the hub that a checkpoint is, or was pruned from."""
+    origin = checkpoint.lineage.origin
+    commit = origin.commit and f"commit {origin.commit[:12]}"
+    return ", ".join(filter(None, (origin.name, commit, origin.license_name or origin.license)))
 
 
 def _common(paths: Sequence[Path]) -> Path:

@@ -6,11 +6,13 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from megatron.pruning.formats.card import model_card
 from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor
 from megatron.pruning.formats.format import SHARD_BYTES, Format, Output, SaveOptions, in_shards
-from megatron.pruning.model.checkpoint import Checkpoint, carried_files_of
+from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.hf_config import RUNS_CODE, config_from_hf, config_to_hf, hf_export_problem
+from megatron.pruning.model.lineage import CARD_FILE
 from megatron.pruning.model.weights import FIRST, LAST, WeightRow, all_weights, weight_shape
 from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.safetensors_file import SafetensorsFile, read_safetensors
@@ -72,9 +74,6 @@ class HfCheckpoint(Checkpoint):
 
     def weight(self, weight: WeightRow, layer: int | None) -> View:
         return self._stored[weight.hf_key(layer)]
-
-    def carried_files(self) -> dict[str, bytes]:
-        return carried_files_of(self.path)
 
 
 def read_hf_config(path: Path) -> tuple[LlamaConfig, tuple[str, ...], str | None]:
@@ -142,6 +141,8 @@ def hf_output(checkpoint: Checkpoint, options: SaveOptions, shard_bytes: int = S
         CONFIG_FILE: as_json(config_to_hf(checkpoint.config, options.dtype or checkpoint.dtype)),
         **checkpoint.carried_files(),
     }
+    if checkpoint.lineage.steps:
+        beside[CARD_FILE] = model_card(checkpoint)
     if len(shards) > 1:
         where = {key: file.name for file in files for key in file.views}
         total = sum(file.nbytes for file in files)

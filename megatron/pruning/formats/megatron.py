@@ -16,10 +16,11 @@ import numpy as np
 from megatron.pruning.formats.checks import check_apart, check_keys, check_tensor
 from megatron.pruning.formats.huggingface import CONFIG_FILE, read_hf_config
 from megatron.pruning.model.axes import BLOCKS, axes_of
-from megatron.pruning.model.checkpoint import Checkpoint, carried_files_of
+from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.hf_config import config_to_hf
 from megatron.pruning.model.layout import Layout, fuse, fused_shape, pad_rows, unfuse
+from megatron.pruning.model.lineage import Lineage
 from megatron.pruning.model.megatron_args import config_from_args, config_to_command_line
 from megatron.pruning.model.weights import FIRST, LAST, TABLE, WeightRow, all_weights, split_dim
 from megatron.pruning.storage.dcp_file import METADATA
@@ -61,6 +62,7 @@ _OLD_NAMES = {
 }
 # Replicas of a weight may differ by this share of its largest value.
 _DRIFT = 0.01
+_ITERATION = re.compile(r"iter_(\d{7,18})")  # the name of its directory
 _LAYER_KEY = re.compile(r"(?:decoder|language_model\.encoder)\.layers\.(\d+)\.(.+)")
 
 
@@ -134,10 +136,16 @@ class MegatronCheckpoint(Checkpoint):
             self.root = above
         self.tokenizer_folder = self.root / HF_FILES
         self.args = args
+        trained = _ITERATION.fullmatch(directory.name)
+        self.iterations = int(trained[1]) if trained else 0
         # (Megatron name, layer) -> the shards of all tensor ranks
         self.shards: dict[tuple[str, int | None], list[View]] = {}
         self.config = self._read_config(directory)
         self.transformer_impl = TE if getattr(args, "transformer_impl", None) == TE else LOCAL
+
+    @property
+    def lineage(self) -> Lineage:
+        return super().lineage.trained(self.args, self.iterations) if self.iterations else super().lineage
 
     def _read_config(self, directory: Path) -> LlamaConfig:
         config = config_from_args(self.args, str(directory))
@@ -230,9 +238,6 @@ class MegatronCheckpoint(Checkpoint):
         sizes = [getattr(self.args, name, None) for name in names]
         default = dataclasses.astuple(Layout())
         return Layout(*(size if type(size) is int else usual for size, usual in zip(sizes, default, strict=True)))
-
-    def carried_files(self) -> dict[str, bytes]:
-        return carried_files_of(self.root / HF_FILES, self.root)
 
 
 def _check_replicas(where: str, key: str, shards: Sequence[View]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.model.lineage import LINEAGE_FILE, Lineage, read_lineage
 from megatron.pruning.model.weights import WeightRow, all_weights
 from megatron.pruning.storage.small_files import as_json, read_small
 from megatron.pruning.storage.views import View
@@ -23,6 +24,7 @@ _CARRIED = re.compile(
     r"(?:tokenizer|tekken|vocab|merges|added_tokens|special_tokens_map|generation_config|chat_template|spiece"
     r"|sentencepiece)[\w.-]*\.(?:json|model|txt|jinja|tiktoken|bpe)(?:\.v\d+)?|additional_chat_templates/[\w.-]+\.jinja"
     r"|(?:LICENSE|USE_POLICY|NOTICE)[\w-]*(?:\.(?:txt|md))?|merges|vocab"
+    rf"|{re.escape(LINEAGE_FILE)}"
 )
 # Settings of a carried JSON file that have a reader run code, or fetch it.
 _RUNS_CODE = ("auto_map",)
@@ -71,9 +73,15 @@ class Checkpoint(ABC):
         for weight, layer in all_weights(self.config.num_layers, self.config.tied, self.config.features):
             yield weight, layer, self.weight(weight, layer)
 
+    @property
+    def lineage(self) -> Lineage:
+        """Where the model comes from. Raises ValueError where the file that should say it says something else."""
+        return read_lineage(self.tokenizer_folder)
+
     def carried_files(self) -> dict[str, bytes]:
         """Return the tokenizer and other small files that go with the model, by name."""
-        return {}
+        files, lineage = carried_files_of(self.tokenizer_folder, self.root), self.lineage
+        return files if lineage == Lineage() else files | {LINEAGE_FILE: lineage.to_json()}
 
     @property
     def dtype(self) -> str:

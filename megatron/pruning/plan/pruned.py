@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megatron.pruning.model.axes import CHOSEN
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.model.lineage import Cut, Lineage, Refit, Shape
 from megatron.pruning.model.weights import WeightRow, kept_elements
 from megatron.pruning.plan.plan import BALANCE, UNBALANCE, Plan, check_layout
 from megatron.pruning.storage.source_file import File
@@ -32,12 +34,27 @@ class Scaled(View):
 class Pruned(Checkpoint):
     """The lazy view of `parent`, the model that `plan` was made for; nothing is read before a weight is."""
 
+    refit: Refit | None = None  # how its weights were reconstructed, if they were
+
     def __init__(self, parent: Checkpoint, plan: Plan) -> None:
         self.parent, self.plan = parent, plan
         self.path, self.root, self.files = parent.path, parent.root, parent.files
         self.tokenizer_folder, self.declared_dtype = parent.tokenizer_folder, parent.declared_dtype
         self.format, self.layout, self.transformer_impl = parent.format, parent.layout, parent.transformer_impl
         self.config = parent.config.with_sizes(plan.sizes)
+
+    @property
+    def lineage(self) -> Lineage:
+        config, evidence = self.parent.config, self.plan.evidence
+        chosen = any(self.plan.sizes[axis] != config.sizes[axis] for axis in CHOSEN)
+        cut = Cut(
+            dropped_layers=self.plan.dropped_layers,
+            criterion=evidence.criterion if chosen else None,
+            layer_criterion=evidence.layer_criterion,
+            seed=evidence.seed,
+            refit=self.refit,
+        )
+        return self.parent.lineage.cut(cut, Shape(config.sizes, config.parameters))
 
     def weight(self, weight: WeightRow, layer: int | None) -> View:
         parent_layer = None if layer is None else int(self.plan.layers[layer])
@@ -63,6 +80,3 @@ class Pruned(Checkpoint):
     def check_layout(self, layout: Layout) -> None:
         unbalanced = self.plan.prune_type == UNBALANCE and layout.tensor == self.plan.tensor_parallel
         check_layout(self.config.sizes, self.parent.config.sizes, layout, UNBALANCE if unbalanced else BALANCE)
-
-    def carried_files(self) -> dict[str, bytes]:
-        return self.parent.carried_files()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.model.lineage import Refit
 from megatron.pruning.model.weights import TABLE, WeightRow
 from megatron.pruning.plan.plan import MADE_BY, Plan
 from megatron.pruning.plan.pruned import Pruned
@@ -82,6 +83,17 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         """Return whether both are of the same models and text, maybe not equally far."""
         far = {"layers_done": 0, "weights": [], "losses": None}
         return msgspec.structs.replace(self, **far) == msgspec.structs.replace(other, **far)
+
+    @property
+    def refit(self) -> Refit:
+        """What a lineage says of it."""
+        return Refit(
+            sequences=self.sequences,
+            sequence_length=self.sequence_length,
+            rotated=self.rotated,
+            untied=self.untied,
+            losses=msgspec.to_builtins(self.losses) if self.losses else {},
+        )
 
     def share_missed(self, layer: int | None, names: Sequence[str], after: bool) -> float:
         """Return the share that these weights of a layer miss of what is wanted on held-out text."""

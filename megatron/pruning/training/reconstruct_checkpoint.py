@@ -73,6 +73,7 @@ class Job:
                 losses = Losses(*(loss_of(one, self.text, self.states) for one in compared))
                 self.report = msgspec.structs.replace(self.report, losses=losses)
                 self._commit()
+            model.refit = self.report.refit
         return model, self.report
 
     def _refit(self, done: int, progress: Progress) -> None:

@@ -23,6 +23,7 @@ from megatron.training import get_args
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
 
+from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.formats.checks import a_few, compare_weights
 from megatron.pruning.formats.huggingface import CONFIG_FILE
 from megatron.pruning.formats.megatron import (
@@ -38,6 +39,7 @@ from megatron.pruning.formats.megatron import (
 )
 from megatron.pruning.formats.megatron_dist import COMMON
 from megatron.pruning.model.checkpoint import PLAN_FILE, carried_files_of, require_inside
+from megatron.pruning.model.lineage import LINEAGE_FILE
 from megatron.pruning.storage.dcp_file import METADATA, Chunk, Entry, read_metadata
 from megatron.pruning.storage.harmless import require_harmless
 from megatron.pruning.storage.small_files import parse_json, read_small, replace_durably
@@ -147,15 +149,18 @@ def carry_files(args: argparse.Namespace) -> None:
     if start is not None:
         _lay_beside(args.save, start_files(start))
     elif source is not None and source.resolve() != Path(args.save).resolve():
-        _lay_beside(args.save, _files_beside(source))
+        _lay_beside(args.save, _files_beside(source, iteration_of(args, source)))
 
 
-def _files_beside(source: Path) -> dict[str, bytes]:
+def _files_beside(source: Path, weights: Path) -> dict[str, bytes]:
     found = {f"{HF_FILES}/{name}": content for name, content in carried_files_of(source / HF_FILES, source).items()}
     for name, folder in ((CONFIG_FILE, f"{HF_FILES}/"), (PLAN_FILE, "")):
         if (origin := source / folder / name).is_file():
             require_inside(origin, source)
             found[f"{folder}{name}"] = read_small(origin)
+    if (lineage := f"{HF_FILES}/{LINEAGE_FILE}") in found:
+        with contextlib.suppress(ValueError):  # the stock loader may read what is not read here
+            found[lineage] = open_checkpoint(weights).lineage.to_json()  # with the training that the weights are of
     return found
 
 
