@@ -139,7 +139,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     device = device_named(args.device)
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
-    checkpoints = [open_checkpoint(path) for path in args.load]
+    checkpoints = [open_checkpoint(path, fetch=True) for path in args.load]
     data = counts = None
     if args.data:
         data, counts = read_text(args, checkpoints)

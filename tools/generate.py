@@ -130,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
 def generate(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Let every checkpoint continue every prompt, print it by prompt, and return it: what each path wrote."""
     prompts = prompts_of(args)
-    checkpoints = [open_checkpoint(path) for path in args.load]
+    checkpoints = [open_checkpoint(path, fetch=True) for path in args.load]
     # It imports torch, which takes seconds that --help and the mistakes above do not need.
     from megatron.pruning.training.evaluation import device_named
 

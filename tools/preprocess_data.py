@@ -208,7 +208,7 @@ def chat_tokenizer(args: argparse.Namespace) -> Any:
         folder = place if place.is_dir() else place.parent
         tokenizer = tokenizer_in(tokenizer_files(folder), folder)
     else:
-        checkpoint = open_checkpoint(args.load)
+        checkpoint = open_checkpoint(args.load, fetch=True)
         place, tokenizer = args.load, tokenizer_of(checkpoint)
         if checkpoint.vocab_is_known:
             require_vocabulary(len(tokenizer), checkpoint.config.vocab_size, place)
@@ -224,7 +224,7 @@ def text_tokenizer(args: argparse.Namespace) -> Any:
     """
     vocabulary, places = None, {}
     if args.load is not None:
-        checkpoint = open_checkpoint(args.load)
+        checkpoint = open_checkpoint(args.load, fetch=True)
         vocabulary = checkpoint.config.vocab_size if checkpoint.vocab_is_known else None
         places = {"--load": checkpoint.tokenizer_folder}
     name_tokenizer(args, places)

@@ -111,7 +111,7 @@ def record(args: argparse.Namespace) -> None:
         raise ValueError(f"--save {args.save} is a directory: name a file")
     if not args.save.parent.is_dir():
         raise ValueError(f"--save {args.save}: there is no directory {args.save.parent}")
-    checkpoint = open_checkpoint(args.load, args.iteration)
+    checkpoint = open_checkpoint(args.load, args.iteration, fetch=True)
     # As little padding of the vocabulary as can be: it would take part in the softmax, in each layout another.
     layout = Layout(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, vocab_divisor=1)
     checkpoint.check_layout(layout)

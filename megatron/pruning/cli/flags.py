@@ -98,7 +98,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="source: a directory, or a model in the hub's cache, owner/name[@revision]; its format is detected",
+        help="source: a directory, or a model of the Hugging Face hub, owner/name[@revision], which is fetched to the "
+        "hub's cache unless it is there; the format is detected",
     )
     group.add_argument(
         "--iteration", type=natural, metavar="N", help="iteration of a Megatron source (default: the latest)"
@@ -129,7 +130,7 @@ def open_source(args: argparse.Namespace) -> Checkpoint:
 
     Raises ValueError as `open_checkpoint` does, and for a --vocab-size that is not the source's.
     """
-    source = open_checkpoint(args.load, args.iteration)
+    source = open_checkpoint(args.load, args.iteration, fetch=True)
     _set_vocabulary(source, args)
     if args.format is None:
         for_megatron = any(getattr(args, name) is not None for name in (*_LAYOUT, "transformer_impl"))

@@ -18,15 +18,16 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, iteration: int | None = None, fetch: bool = False) -> Checkpoint:
     """Open the checkpoint at `path`; its format is detected. Only headers are read.
 
-    A model of the Hugging Face hub that lies in its cache may be named as the hub does, `owner/name[@revision]`.
+    A model of the Hugging Face hub that lies in its cache may be named as the hub does, `owner/name[@revision]`; with
+    `fetch` the cache gets what it does not have.
     `iteration` chooses among those a Megatron directory holds; None takes the one its tracker file names.
 
     Raises ValueError when there is none, or when it is damaged or not a dense Llama.
     """
-    path = located(path)
+    path = located(path, fetch)
     if not path.exists():
         raise ValueError(f"--load {path}: no such directory")
     if not path.is_dir():

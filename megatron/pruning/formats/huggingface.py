@@ -21,6 +21,7 @@ from megatron.pruning.storage.source_file import File
 from megatron.pruning.storage.views import Stored, View, cast, equal
 
 CONFIG_FILE = "config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)*")  # what data parallelism and torch.compile put before a name
 _MAX_JSON_BYTES = 10_000_000  # of a config.json or an index
 
@@ -35,7 +36,7 @@ class HfCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, directory: Path) -> None:
         self.path, self.root, self.tokenizer_folder = path, directory, directory
-        self.files = _weight_files(path)
+        self.files = weight_files(path)
         self.config, self.left_behind, self.declared_dtype = read_hf_config(path / CONFIG_FILE)
         self._stored: dict[str, View] = {}
         for file in self.files:
@@ -92,24 +93,29 @@ def _read_json(path: Path) -> dict[str, Any]:
     return parse_json(read_small(path, _MAX_JSON_BYTES), str(path))
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """Return the weight files: those an index names, or the single one. Names from inside the index stay in `path`."""
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
+def weight_files(path: Path) -> list[Path]:
+    """Return the weight files: those an index names, or the single one. Names from inside the index stay in `path`.
+
+    Raises ValueError where one is missing.
+    """
+    for single, index in ((WEIGHTS_FILE, INDEX_FILE), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         if (path / single).is_file():  # transformers, too, prefers it to an index
             return [path / single]
         if (path / index).is_file():
-            names = _read_json(path / index).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-                raise ValueError(f"{path / index}: weight_map must map tensor names to plain file names")
-            files = [path / name for name in sorted(set(names.values()))]
+            files = [path / name for name in indexed_files(path / index)]
             for file in files:
                 if not file.is_file():
                     raise ValueError(f"{path / index} names {file.name}, which is not in {path}")
             return files
     raise ValueError(f"{path} has a config.json but neither model.safetensors nor pytorch_model.bin (or their index)")
+
+
+def indexed_files(index: Path) -> list[str]:
+    """Return the names of the files that an index names. Raises ValueError where it names anything else."""
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise ValueError(f"{index}: weight_map must map tensor names to plain file names")
+    return sorted(set(names.values()))
 
 
 def _read_bin(path: Path, ignored: re.Pattern[str]) -> dict[str, Stored]:
@@ -133,7 +139,7 @@ def hf_output(checkpoint: Checkpoint, options: SaveOptions, shard_bytes: int = S
         raise ValueError(f"{problem}; for training alone, write it with --format torch")
     views = {weight.hf_key(layer): cast(view, options.dtype) for weight, layer, view in checkpoint.weights()}
     shards = in_shards(((item, item[1].nbytes) for item in views.items()), shard_bytes)
-    names = ["model.safetensors"]
+    names = [WEIGHTS_FILE]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = [SafetensorsFile(name, dict(shard)) for name, shard in zip(names, shards, strict=True)]
@@ -146,7 +152,7 @@ def hf_output(checkpoint: Checkpoint, options: SaveOptions, shard_bytes: int = S
     if len(shards) > 1:
         where = {key: file.name for file in files for key in file.views}
         total = sum(file.nbytes for file in files)
-        beside["model.safetensors.index.json"] = as_json({"metadata": {"total_size": total}, "weight_map": where})
+        beside[INDEX_FILE] = as_json({"metadata": {"total_size": total}, "weight_map": where})
     return files, beside
 
 
