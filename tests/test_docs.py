@@ -42,7 +42,7 @@ RUN_ELSEWHERE = {
 
 # Flags of docker, of Slurm with pyxis and of apptainer.
 OF_CONTAINERS = {"--rm", "--gpus", "--ipc", "--tag", "--nv"}
-OF_CONTAINERS |= {"--container-image", "--container-mounts", "--container-workdir"}
+OF_CONTAINERS |= {"--nodes", "--container-image", "--container-mounts", "--container-workdir"}
 # Variables that the hub's client reads.
 OF_THE_HUB = {"HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE"}
 
@@ -153,7 +153,7 @@ def test_every_variable_that_is_set_is_read_by_a_script(file: Path) -> None:
     text = written(text_of(file))
     commands = "\n".join(blocks(text, "sh") + blocks(text, "bash"))
     named = {*re.findall(r"`([A-Z][A-Z_]+)`", text), *re.findall(r"\b([A-Z_]+)=", commands)}
-    scripts = [*(ROOT / "scripts").glob("*.sh"), *(ROOT / "tools" / "checkpoint_conversion").glob("*.sh")]
+    scripts = [*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "tools" / "checkpoint_conversion").glob("*.sh")]
     read = {name for script in scripts for name in re.findall(r"\$\{([A-Z_]+)", text_of(script))}
     modules = (ROOT / "megatron").rglob("*.py")
     constants = {name for module in modules for name in re.findall(r"^([A-Z_]+)\b.* = ", text_of(module), re.MULTILINE)}
