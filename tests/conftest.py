@@ -8,6 +8,7 @@ import pytest
 
 # Before torch is imported, and for the processes that tests start: it is the CPU that computes, beside a GPU too.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub for what it misspells
 
 # A job in the background of a shell has these ignored, and so would the programs that tests start and end by them.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,6 +15,7 @@ from helpers import convert, digests, prune, write_repeated
 from huggingface_hub import ModelCard
 from stock_loop import StockLoop
 
+from megatron.pruning.cli.flags import facts
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.formats.card import model_card, read_evaluation
 from megatron.pruning.model.lineage import LINEAGE_FILE, Cut, Lineage, Shape, read_lineage
@@ -135,6 +136,14 @@ def test_the_card_tells_of_the_trainings_after_each_cut(parent: Path, tmp_path: 
     card = card_of(twice)
     assert first in card.text and "tokens in all, learning rate 0.001, in Megatron." in card.text
     assert card.text.count("iterations of") == 2 and card.data.base_model == "an-owner/A_model"
+
+
+@pytest.mark.slow
+def test_a_training_that_starts_from_hugging_faces_format_carries_the_lineage(parent: Path, tmp_path: Path) -> None:
+    from megatron.pruning.training.direct_start import start_files  # takes seconds
+
+    pruned = prune(parent, tmp_path / "pruned", *FIRST, "--format=hf")
+    assert start_files(open_checkpoint(pruned))["huggingface/lineage.json"] == (pruned / LINEAGE_FILE).read_bytes()
 
 
 def test_a_parents_own_training_is_no_recovery() -> None:
@@ -344,3 +353,4 @@ def test_show_says_where_a_model_comes_from(parent: Path, tmp_path: Path, capsys
         show_checkpoint.main([str(path)])
         line = f"first parent     an-owner/A_model, commit {COMMIT[:12]}, a-licence"
         assert line in capsys.readouterr().out.splitlines()
+        assert facts(open_checkpoint(path))["origin"]["commit"] == COMMIT

@@ -91,7 +91,8 @@ def hub(model: Path) -> Iterator[Hub]:
 
 
 def settings(hub: Hub, tmp_path: Path) -> dict[str, object]:
-    return {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": tmp_path / "cache", "HF_HOME": tmp_path / "home"}
+    places = {"HF_HUB_CACHE": tmp_path / "cache", "HF_HOME": tmp_path / "home"}
+    return {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": 0, **places}
 
 
 def fetch(hub: Hub, tmp_path: Path, name: str, out: str = "out", **more: object) -> subprocess.CompletedProcess[str]:

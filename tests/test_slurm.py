@@ -1,6 +1,7 @@
 """The Slurm jobs start the project's own scripts on every node; stand-ins for srun and scontrol run them here."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,8 @@ def test_where_one_node_fails_the_job_fails(bin: Path) -> None:
 
 def test_two_nodes_convert_together(bin: Path, gqa: Path, tmp_path: Path) -> None:
     names = {"HF_FORMAT_DIR": gqa, "MEGATRON_FORMAT_DIR": tmp_path / "shards", "TP": 2}
-    submit(bin, "convert", PYTHON=sys.executable, MASTER_PORT=29517, GPUS_PER_NODE=1, **names)
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+    submit(bin, "convert", PYTHON=sys.executable, MASTER_PORT=port, GPUS_PER_NODE=1, **names)
     assert open_checkpoint(tmp_path / "shards").layout.tensor == 2
     assert_same_tensors(tensors(convert(tmp_path / "shards", tmp_path / "back", "hf")), tensors(gqa))

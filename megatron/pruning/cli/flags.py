@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from megatron.pruning.formats import FORMATS, open_checkpoint, save_checkpoint
 from megatron.pruning.formats.format import SaveOptions
 from megatron.pruning.formats.megatron import LOCAL, TE
@@ -182,6 +184,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": checkpoint.config.parameters,
         "bytes": checkpoint.nbytes,
         "sizes": checkpoint.config.sizes,
+        "origin": msgspec.to_builtins(checkpoint.lineage.origin),
     }
 
 
