@@ -93,7 +93,7 @@ def stands_in_for_python(folder: Path) -> Path:
     """Return what scripts may be given as Python: it lets the process above run the programs that import much."""
     worker(te=False)  # which lives as long as somebody has a line to it
     script = folder / "python"
-    program = "*/pretrain_gpt.py | */prune_llama.py | */evaluate.py"
+    program = "*/pretrain_gpt.py | */prune_llama.py | */evaluate.py | */convert.py | */generate.py | */report.py"
     script.write_text(
         f'#!/bin/sh\ncase "$1" in {program}) exec {sys.executable} {__file__} "$@";; esac\nexec {sys.executable} "$@"\n'
     )

@@ -16,10 +16,10 @@ from transformers import LlamaForCausalLM
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.formats.megatron import TRACKER
-from megatron.pruning.model.config import LlamaConfig
+from megatron.pruning.model.config import LlamaConfig, short
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.measured import Measured
-from megatron.pruning.plan.shapes import Target, parse_bytes, parse_count, propose, short
+from megatron.pruning.plan.shapes import Target, parse_bytes, parse_count, propose
 from tools import candidates
 
 LLAMA_2_7B = LlamaConfig(32, 4096, 11008, 32, 32, 128, 32000)

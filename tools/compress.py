@@ -30,9 +30,10 @@ from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive, without
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
+from megatron.pruning.model.config import short
 from megatron.pruning.plan.measured import BEST, ZERO
 from megatron.pruning.plan.report import table
-from megatron.pruning.plan.shapes import parse_bytes, parse_count, short
+from megatron.pruning.plan.shapes import parse_bytes, parse_count
 from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.output import hold_directory
 from megatron.pruning.storage.small_files import parse_as, read_small, replace_durably
@@ -131,7 +132,15 @@ def main(argv: Sequence[str]) -> None:
     except BlockingIOError:
         raise ValueError(f"another run is at work in {args.save}: wait for it, or name another --save") from None
     job = {"parent": fingerprint(parent), "flags": shlex.join(without(words, ("--skip", "--save")))}
-    state = read_state(args.save / STATE_FILE, job)
+    try:
+        perform_all(steps, args.save / STATE_FILE, job)
+    finally:
+        os.close(held)
+
+
+def perform_all(steps: Sequence[Step], file: Path, job: Mapping[str, str]) -> None:
+    """Do the steps that are not done, and write down each that is. Raises ValueError where one fails."""
+    state = read_state(file, job)
     for number, step in enumerate(steps, start=1):
         if step.name in state.done:
             continue
@@ -139,15 +148,19 @@ def main(argv: Sequence[str]) -> None:
         begin = time.time()
         perform(step)
         state.done[step.name] = Done(f"{step}", round(time.time() - begin, 1), round(time.time(), 1))
-        replace_durably(args.save / STATE_FILE, msgspec.json.format(msgspec.json.encode(state)) + b"\n")
-    os.close(held)
+        write_state(file, state)
+
+
+def write_state(file: Path, state: State) -> None:
+    """Write down what is done."""
+    replace_durably(file, msgspec.json.format(msgspec.json.encode(state)) + b"\n")
 
 
 def read_state(file: Path, job: Mapping[str, str]) -> State:
     """Return what was done already. Raises ValueError where that was another job."""
     if not file.exists():
         state = State(dict(job))
-        replace_durably(file, msgspec.json.format(msgspec.json.encode(state)) + b"\n")
+        write_state(file, state)
         return state
     state = parse_as(State, read_small(file), f"{file} says not what was done")
     for name, value in job.items():

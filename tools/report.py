@@ -27,11 +27,11 @@ from megatron.pruning.cli.flags import hyphenated, new_parser
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.model.checkpoint import PLAN_FILE
+from megatron.pruning.model.config import short
 from megatron.pruning.plan.figure import plan_figure, report_figure
 from megatron.pruning.plan.measured import MEASURED_FILE, Measured, folder_of, measured_figure
 from megatron.pruning.plan.plan import MADE_BY, Plan
 from megatron.pruning.plan.reconstructed import REPORT_FILE, Report
-from megatron.pruning.plan.shapes import short
 from megatron.pruning.storage.manifest import MANIFEST
 from megatron.pruning.storage.small_files import parse_as, parse_json, read_small, replace_durably
 from tools.compress import STATE_FILE, State, said_bytes

@@ -16,6 +16,7 @@ from msgspec import Meta
 from megatron.pruning import __version__
 from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.model.config import short
 from megatron.pruning.model.lineage import COMMIT, Cut, Lineage, Origin, Training
 from megatron.pruning.storage.small_files import read_small
 
@@ -55,7 +56,7 @@ def model_card(checkpoint: Checkpoint, evaluation: Evaluation | None = None) -> 
     origin = lineage.origin
     name = origin.name.rpartition("/")[2] if origin.name else checkpoint.config.family.capitalize()
     sections = {
-        f"# {name}, pruned to {_short(checkpoint.config.parameters)} parameters": _what(checkpoint, lineage),
+        f"# {name}, pruned to {short(checkpoint.config.parameters)} parameters": _what(checkpoint, lineage),
         "## What was cut": _cuts(lineage),
         "## How it was recovered": _trainings(lineage),
         "## Losses": _losses(lineage, evaluation),
@@ -126,7 +127,7 @@ def _trainings(lineage: Lineage) -> Iterator[str]:
         if training.batch_size and training.sequence_length:
             parts[0] += f" of {training.batch_size:,} sequences of {training.sequence_length:,} tokens"
         if training.sequences and training.sequence_length:
-            parts.append(f"{_short(training.sequences * training.sequence_length)} tokens in all")
+            parts.append(f"{short(training.sequences * training.sequence_length)} tokens in all")
         if training.learning_rate is not None:
             parts.append(f"learning rate {training.learning_rate:g}")
         if training.distilled is not None:
@@ -186,11 +187,3 @@ def _code(text: str) -> str:
 
 def _figure(value: str | int | float | None) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _short(number: int) -> str:
-    """Return a number with three digits, such as 6.74B."""
-    for unit, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= unit:
-            return f"{number / unit:.3g}{letter}"
-    return str(number)

@@ -128,3 +128,11 @@ class LlamaConfig:
         """Return this config with new axis sizes."""
         changes: dict[str, Any] = {axis.field: sizes[axis.name] for axis in AXES if axis.name in sizes}
         return dataclasses.replace(self, **changes)
+
+
+def short(count: float) -> str:
+    """Write a count, of parameters or tokens, to three digits: 3.37B."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= unit:
+            return f"{count / unit:.3g}{letter}"
+    return f"{count:.3g}"

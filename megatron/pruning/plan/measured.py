@@ -9,9 +9,10 @@ import msgspec
 
 from megatron.pruning.model.axes import PRUNABLE
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
+from megatron.pruning.model.config import short
 from megatron.pruning.plan.plan import MADE_BY
 from megatron.pruning.plan.report import table
-from megatron.pruning.plan.shapes import Shape, short
+from megatron.pruning.plan.shapes import Shape
 from megatron.pruning.storage.small_files import parse_as, read_small
 
 MEASURED_FILE = "shapes.json"

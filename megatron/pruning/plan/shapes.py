@@ -106,12 +106,6 @@ def parse_count(text: str) -> float:
     return value
 
 
-def short(count: float) -> str:
-    """Write a count as `parse_count` reads it, to three digits: 3.37B."""
-    unit = next((unit for unit in "TBMK" if count >= _UNITS[unit]), "")
-    return f"{count / _UNITS[unit]:.3g}{unit}"
-
-
 def parse_bytes(text: str) -> float:
     """Read "8GB" (10^9 bytes) or "8GiB" (2^30). Raises ValueError for anything else."""
     match = re.fullmatch(r"([0-9.]+)\s*([KMGT])(i?)B", text.strip(), re.IGNORECASE)

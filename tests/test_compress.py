@@ -1,0 +1,196 @@
+"""From a size to a model in one command: what is done, in which order, once; and the page that tells of it."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import ROOT, run
+from helpers import digests, write_documents
+from stock_loop import stands_in_for_python
+
+from tools import compress, report
+from tools.report import Block
+
+SCRIPT, TINY = str(ROOT / "scripts/compress.sh"), ROOT / "assets/tiny-llama"
+FLAGS = ["--load", str(TINY), "--target=0.5", "--data-path=x", "--valid-data-path=y", "--tokens=1M"]
+
+
+@pytest.fixture(autouse=True)
+def a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the training has 2,000 tokens."""
+    monkeypatch.setenv("SEQ_LENGTH", "100")
+    monkeypatch.setenv("GLOBAL_BATCH_SIZE", "20")
+    for name in ("PYTHON", "LR_WARMUP_ITERS", "SAVE_INTERVAL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def performed(monkeypatch: pytest.MonkeyPatch, last: int = 1000) -> list[compress.Step]:
+    """Have steps be noted instead of done, and the run end at one of them."""
+    steps: list[compress.Step] = []
+
+    def note(step: compress.Step) -> None:
+        if len(steps) == last:
+            raise KeyboardInterrupt
+        steps.append(step)
+
+    monkeypatch.setattr(compress, "perform", note)
+    return steps
+
+
+def test_rounds_go_down_by_equal_ratios_and_begin_where_the_one_before_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = performed(monkeypatch)
+    save = tmp_path / "out"
+    words = [*FLAGS, "--save", str(save), "--rounds=2", "--candidates=4", "--teacher=parent", "--rotate-hidden"]
+    compress.main([*words, "--target=0.25"])
+    assert [step.name for step in steps] == [
+        "round 1: shapes", "round 1: prune", "round 1: recover", "round 2: shapes", "round 2: prune",
+        "round 2: recover", "evaluate", "export", "generate", "report",
+    ]  # fmt: skip
+    of = {step.name: step for step in steps}
+    for number, ratio, source in ((1, "0.5", str(TINY)), (2, "0.25", str(save / "round1/recovered"))):
+        shapes, prune = of[f"round {number}: shapes"].command, of[f"round {number}: prune"]
+        assert "--candidates" in shapes and "--rotate-hidden" in shapes and source in shapes
+        for command in (shapes, prune.command):
+            assert command[command.index("--target-ratio") + 1] == ratio
+        assert "best" in prune.command and prune.settings["LOAD_PATH"] == source
+        recover = of[f"round {number}: recover"]
+        assert (recover.settings["TRAIN_ITERS"], recover.tokens) == ("500", 1_000_000)
+        assert recover.settings["TEACHER_LOAD"] == str(TINY)
+    assert of["export"].settings["MEGATRON_FORMAT_DIR"] == str(save / "round2/recovered")
+
+
+@pytest.mark.parametrize(
+    "words,found",
+    [
+        (["--target=1M,8MB", "--rounds=1"], ["--target-params", "1M", "--target-memory", "8MB"]),
+        (["--target=800K", "--rounds=1"], ["--target-params", "800K"]),
+    ],
+)
+def test_a_target_may_be_of_several_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], found: list[str]
+) -> None:
+    steps = performed(monkeypatch)
+    compress.main([*FLAGS, "--save", str(tmp_path / "out"), *words, "--skip=evaluate,export"])
+    command = list(steps[0].command)
+    assert command[command.index("--target-params") :][: len(found)] == found
+    assert [step.name for step in steps] == ["round 1: prune", "round 1: recover", "generate", "report"]
+
+
+def test_ended_anywhere_it_goes_on_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*FLAGS, "--save", str(tmp_path / "out")]
+    whole = performed(monkeypatch)
+    compress.main([*words[:-1], str(tmp_path / "whole")])
+    done = 0
+    while done < len(whole):
+        part = performed(monkeypatch, last=1)
+        try:
+            compress.main(words)
+        except KeyboardInterrupt:
+            pass
+        assert [step.name for step in part] == [whole[done].name]
+        done += 1
+    part = performed(monkeypatch)
+    compress.main(words)
+    assert not part, "all is done"
+    with pytest.raises(ValueError, match=r"is of another job, whose flags are .*, not .*: name another --save"):
+        compress.main([*words, "--teacher=parent"])
+
+
+@pytest.mark.parametrize(
+    "words,complaint",
+    [
+        (["--target=lots"], "'lots' is not a number such as 3.4B"),
+        (["--tokens=1M,2M", "--rounds=3"], "--tokens 1M,2M names 2 amounts, but there are --rounds 3"),
+        (["--skip=cook"], "--skip cook: the steps are shapes, prune"),
+        (["--load", "absent"], "--load absent: no such directory"),
+    ],
+)
+def test_mistakes_are_said_before_any_step(tmp_path: Path, words: list[str], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        compress.main([*FLAGS, "--save", str(tmp_path / "out"), *words])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_is_said_in_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQ_LENGTH", "many")
+    with pytest.raises(ValueError, match="SEQ_LENGTH is many: in the environment it says what a step"):
+        compress.main([*FLAGS, "--save", str(tmp_path / "out")])
+
+
+def test_a_flag_that_prune_llama_has_not_is_said_before_any_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        compress.main([*FLAGS, "--save", str(tmp_path / "out"), "--ridge=lots"])
+    assert "--ridge: 'lots' is neither a number" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mapping[str, Any]]:
+    """A folder in which tiny-llama was compressed, and the settings of that."""
+    top = tmp_path_factory.mktemp("compress")
+    draw = np.random.default_rng(0)
+    for name in ("train", "valid"):
+        write_documents(top / name, *draw.integers(0, 1000, size=(12, 200)))
+    settings = {
+        "LOAD_PATH": TINY, "SAVE_PATH": top / "out", "TARGET": 0.6, "DATA_PATH": top / "train", "TOKENS": 512,
+        "VALID_DATA_PATH": top / "valid", "SEQ_LENGTH": 64, "GLOBAL_BATCH_SIZE": 2, "MICRO_BATCH_SIZE": 2,
+        "CANDIDATES": 2, "EVAL_ITERS": 1, "EVAL_INTERVAL": 2, "LR": 1e-3, "PYTHON": stands_in_for_python(top),
+        "TMPDIR": top,
+    }  # fmt: skip
+    few = ["--sequences=4", "--sequence-length=64", "--min-scores-tokens=1"]
+    done = run("bash", SCRIPT, *few, **settings)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return top, settings
+
+
+@pytest.mark.slow
+def test_its_commands_give_the_same_bytes_alone(compressed: tuple[Path, Mapping[str, Any]]) -> None:
+    top, settings = compressed
+    state = json.loads((top / "out/compress.json").read_text())
+    (top / "alone").mkdir()
+    (top / "alone/losses.json").write_bytes((top / "out/losses.json").read_bytes())
+    hyper = {name: settings[name] for name in ("SEQ_LENGTH", "GLOBAL_BATCH_SIZE", "MICRO_BATCH_SIZE", "EVAL_ITERS",
+                                               "EVAL_INTERVAL", "LR", "PYTHON")}  # fmt: skip
+    for name in ("round 1: shapes", "round 1: prune", "round 1: recover", "export"):
+        command = state["done"][name]["command"].replace(str(top / "out"), str(top / "alone"))
+        done = run("bash", "-c", command, **hyper)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    for part in ("round1/pruned", "hf"):
+        found, wanted = digests(top / "alone" / part), digests(top / "out" / part)
+        assert list(found.values()) == list(wanted.values()) and len(found) > 2
+
+
+@pytest.mark.slow
+def test_the_page_has_everything_and_needs_nothing(compressed: tuple[Path, Mapping[str, Any]]) -> None:
+    page, text = ((compressed[0] / "out" / name).read_text() for name in ("report.html", "report.md"))
+    for said in ("Models", "round1/recovered", "What was cut", "2 shapes were measured", "Recovery", "Samples",
+                 "The most important", "scripts/prune_llama.sh", "megatron-core", "Seed of the choice"):  # fmt: skip
+        assert (said in page and said.replace("_", r"\_") in text) or said in text
+    assert page.count("data:image/png;base64,") == text.count("](report/") == 4
+    assert not re.search(r'(?:src|href)="(?!data:)|@import|url\(', page)
+    losses = json.loads((compressed[0] / "out/losses.json").read_text())
+    assert all(f"{one['loss']:.4f}" in page and f"{one['loss']:.4f}" in text for one in losses)
+    pictures = re.findall(r"\]\((report/\d+\.png)\)", text)
+    assert all((compressed[0] / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
+
+
+def test_what_a_model_writes_stays_text() -> None:
+    hostile = "<script>alert(1)</script>\n```\n# not a heading\n|a|b| [x](http://y)"
+    blocks: Sequence[Block] = [
+        Block(text=hostile), Block(rows=[["", hostile], [hostile, "1"]]), Block(code=hostile),
+        Block(columns=[(hostile, hostile)]), Block(heading=hostile),
+    ]  # fmt: skip
+    page = report.render("report.html", hostile, blocks)
+    assert "<script>" not in page and page.count("&lt;script&gt;") == 9
+    text = report.render("report.md", hostile, blocks)
+    outside = re.sub(r"^(````+)text\n.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    obeyed = re.sub(r"\\.", "", outside)
+    assert text.count("````text") == 2 and "script>" not in obeyed
+    assert "\n# not" not in obeyed and "](http" not in obeyed and "```" not in obeyed
