@@ -219,6 +219,13 @@ def test_a_measurement_goes_on_wherever_it_was_ended(
         prune(gqa, tmp_path / "-1", *words, "--ridge=1")
 
 
+def test_a_number_of_heads_that_divides_no_usual_hidden_size_has_sizes_of_its_own() -> None:
+    smollm2 = LlamaConfig(30, 576, 1536, 9, 3, 64, 49152, tied=True)
+    shapes = propose(smollm2, Target(1e8), Layout())
+    assert {504, 576} <= {shape.sizes["hidden"] for shape in shapes}
+    assert all(shape.sizes["hidden"] % shape.sizes["heads"] == 0 for shape in shapes)
+
+
 def test_an_ffn_narrower_than_its_steps_over_the_ranks_stays_as_it_is() -> None:
     config = LlamaConfig(12, 1024, 512, 16, 16, 64, 32000)
     shapes = propose(config, Target(config.parameters * 0.7), Layout(16))

@@ -22,6 +22,7 @@ SMALLEST = {"hidden": 0.4, "ffn": 0.3, "heads": 0.5, "layers": 0.5}  # of the pa
 TOLERANCE = 0.02  # of the wanted number of parameters
 PROPOSALS = 10
 _ALIKE = 3  # proposals with the same layers and heads, at most
+_SIZES = 4  # of the hidden states, at least, to choose among
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 
@@ -160,7 +161,7 @@ def _all(config: LlamaConfig, target: Target, layout: Layout) -> Iterator[Shape]
     narrowest = min(math.ceil(parent["ffn"] * SMALLEST["ffn"] / ffn_step), widest)
     strict = hf_export_problem(config) is None
     for groups, heads in _heads(parent, layout.tensor):
-        for hidden in _down(parent["hidden"], step(parent["hidden"], 128), SMALLEST["hidden"]):
+        for hidden in _hidden(parent["hidden"], heads if strict else 1, finer=heads == parent["heads"]):
             sizes = {**parent, "hidden": hidden, "heads": heads, "groups": groups}
             if strict and hf_export_problem(config.with_sizes(sizes)):
                 continue
@@ -197,6 +198,16 @@ def _down(size: int, by: int, smallest: float) -> Iterator[int]:
     """Yield the parent's size and every multiple of `by` below it, down to a share of it."""
     yield size
     yield from range((size - 1) // by * by, max(by, math.ceil(size * smallest)) - 1, -by)
+
+
+def _hidden(size: int, multiple: int, finer: bool) -> Iterator[int]:
+    """Yield hidden sizes in the usual steps that are a `multiple`; where they are few, and `finer`, in steps of one."""
+    usual = step(size, 128)
+    found = [hidden for hidden in _down(size, usual, SMALLEST["hidden"]) if hidden % multiple == 0]
+    while finer and len(found) < _SIZES and usual > 1:
+        usual //= 2
+        found = list(_down(size, math.lcm(usual, multiple), SMALLEST["hidden"]))
+    yield from found
 
 
 def _heads(parent: Mapping[str, int], tensor: int) -> Iterator[tuple[int, int]]:
