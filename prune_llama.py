@@ -71,7 +71,7 @@ from megatron.pruning.plan.choose import (
 )
 from megatron.pruning.plan.decide import DROP_LAYERS
 from megatron.pruning.plan.figure import plan_figure
-from megatron.pruning.plan.measured import BEST, ZERO, best_shape
+from megatron.pruning.plan.measured import BEST, EVALUATED, ZERO, best_shape
 from megatron.pruning.plan.plan import PRUNE_TYPES, UNBALANCE, Plan
 from megatron.pruning.plan.pruned import Pruned
 from megatron.pruning.plan.reconstructed import REPORT_FILE, Report
@@ -149,6 +149,13 @@ def add_size_flags(group: argparse._ArgumentGroup) -> None:
         type=positive,
         metavar="K",
         help="reconstruct each of the first K shapes by --data-path, and rank them by their loss on --valid-data-path",
+    )
+    group.add_argument(
+        "--valid-tokens",
+        type=positive,
+        default=EVALUATED,
+        metavar="N",
+        help=f"tokens of --valid-data-path, from its start, on which candidates are compared (default {EVALUATED:,})",
     )
     group.add_argument(
         "--measure",

@@ -6,6 +6,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 RUNS=${RUNS:-$HERE/runs/quickstart} # everything lands here
+SEQUENCES=${SEQUENCES:-128}         # sequences of text to reconstruct by
 TRAIN_ITERS=${TRAIN_ITERS:-300}     # steps of continued pretraining
 TP=${TP:-} # empty: 2, or 1 where there is one GPU
 
@@ -32,7 +33,7 @@ SAVE_PATH="$RUNS/cut" bash "$ROOT/scripts/prune_llama.sh" --overwrite
 
 say "4/9 prune with text: the same shape, what is kept is chosen and refitted by what the model reads"
 DATA_PATH="$RUNS/data/train_text_document" DROP_LAYERS='' bash "$ROOT/scripts/prune_llama.sh" --overwrite \
-    --num_layers_remain 6 --rotate-hidden --sequences 128 --sequence-length 256
+    --num_layers_remain 6 --rotate-hidden --sequences "$SEQUENCES" --sequence-length 256
 
 say "5/9 train on: $TRAIN_ITERS steps of the stock Megatron loop"
 rm -rf "$RUNS/recovered"

@@ -46,7 +46,16 @@ def test_rounds_go_down_by_equal_ratios_and_begin_where_the_one_before_ended(
 ) -> None:
     steps = performed(monkeypatch)
     save = tmp_path / "out"
-    words = [*FLAGS, "--save", str(save), "--rounds=2", "--candidates=4", "--teacher=parent", "--rotate-hidden"]
+    words = [
+        *FLAGS,
+        "--save",
+        str(save),
+        "--rounds=2",
+        "--candidates=4",
+        "--teacher=parent",
+        "--rotate-hidden",
+        "--seed=7",
+    ]
     compress.main([*words, "--target=0.25"])
     assert [step.name for step in steps] == [
         "round 1: shapes", "round 1: prune", "round 1: recover", "round 2: shapes", "round 2: prune",
@@ -61,7 +70,7 @@ def test_rounds_go_down_by_equal_ratios_and_begin_where_the_one_before_ended(
         assert "best" in prune.command and prune.settings["LOAD_PATH"] == source
         recover = of[f"round {number}: recover"]
         assert (recover.settings["TRAIN_ITERS"], recover.tokens) == ("500", 1_000_000)
-        assert recover.settings["TEACHER_LOAD"] == str(TINY)
+        assert recover.settings["TEACHER_LOAD"] == str(TINY) and recover.command[-2:] == ["--seed", "7"]
     assert of["export"].settings["MEGATRON_FORMAT_DIR"] == str(save / "round2/recovered")
 
 

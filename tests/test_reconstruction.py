@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from stock_loop import StockLoop
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron.pruning.cli.reconstruction import claim
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.axes import PER_LAYER
 from megatron.pruning.plan.plan import Plan
@@ -378,6 +379,12 @@ def test_mistakes_are_said_before_any_work(
     with pytest.raises(ValueError, match=complaint):
         prune(runs / f"{shape}-parent", runs / "never", *flags)
     assert not list(runs.glob("*never*"))
+
+
+def test_folders_above_the_target_are_made(tmp_path: Path) -> None:
+    work = tmp_path / "of" / "tomorrow" / ".out.reconstruction"
+    os.close(claim(work))
+    assert work.is_dir()
 
 
 @pytest.mark.slow

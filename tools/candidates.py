@@ -237,7 +237,7 @@ class _Work:
         window = ["--sequence-length", f"{length}"] if length else []
         _run(
             [_python(), f"{_ROOT / 'tools/evaluate.py'}", "--load", f"{checkpoint}", "--data",
-             self.args.valid_data_path[0], *window, "--json", f"{result}"],
+             self.args.valid_data_path[0], "--max-tokens", f"{self.args.valid_tokens}", *window, "--json", f"{result}"],
             {}, log,
         )  # fmt: skip
         loss = float(json.loads(result.read_bytes())[0]["loss"])

@@ -207,7 +207,7 @@ def plan(args: argparse.Namespace, further: Sequence[str], parent: Checkpoint) -
     if unknown := [name for name in skipped if name not in STEPS]:
         raise ValueError(f"--skip {unknown[0]}: the steps are {', '.join(STEPS)}")
     # Its own mistakes are to be said now, and not after hours.
-    prune_llama.parser().parse_args(["--load", "x", "--save", "x", *hyphenated(further)])
+    asked = prune_llama.parser().parse_args(["--load", "x", "--save", "x", *hyphenated(further)])
     python = os.environ.get("PYTHON", sys.executable)
     source, models = args.load, [args.load]
     tokens = tokens_of_rounds(args)
@@ -237,13 +237,16 @@ def plan(args: argparse.Namespace, further: Sequence[str], parent: Checkpoint) -
             source = pruned
             models.append(source)
         if "recover" not in skipped:
-            yield recover(args, f"round {number}: recover", source, recovered, amount, parameters)
+            seed = [] if asked.seed is None else ["--seed", f"{asked.seed}"]
+            yield recover(args, f"round {number}: recover", source, recovered, amount, parameters, seed)
             source = recovered
             models.append(source)
-    yield from after(args, python, source, models, skipped)
+    yield from after(args, asked.valid_tokens, source, models, skipped)
 
 
-def recover(args: argparse.Namespace, name: str, source: Path, save: Path, tokens: int, parameters: float) -> Step:
+def recover(
+    args: argparse.Namespace, name: str, source: Path, save: Path, tokens: int, parameters: float, flags: Sequence[str]
+) -> Step:
     """Return the step that trains on."""
     each = step_tokens()
     steps = max(1, round(tokens / each))
@@ -261,19 +264,31 @@ def recover(args: argparse.Namespace, name: str, source: Path, save: Path, token
     if args.teacher == "parent":
         settings["TEACHER_LOAD"] = f"{args.load}"
     # Each save has the weights, a copy of them in fp32 and Adam's two moments.
-    return Step(name, ["bash", f"{_ROOT / 'scripts/check_model.sh'}"], settings, steps * each, saves * 14 * parameters)
+    script = ["bash", f"{_ROOT / 'scripts/check_model.sh'}", *flags]
+    return Step(name, script, settings, steps * each, saves * 14 * parameters)
 
 
 def after(
-    args: argparse.Namespace, python: str, result: Path, models: Sequence[Path], skipped: Sequence[str]
+    args: argparse.Namespace, tokens: int, result: Path, models: Sequence[Path], skipped: Sequence[str]
 ) -> Iterator[Step]:
-    """Yield what comes after the rounds."""
+    """Yield what comes after the rounds; models are compared on so many tokens."""
+    python = os.environ.get("PYTHON", sys.executable)
     losses, exported, samples = (args.save / name for name in ("losses.json", "hf", "samples.json"))
     if "evaluate" not in skipped:
         loads = [word for model in models for word in ("--load", f"{model}")]
         yield Step(
             "evaluate",
-            [python, f"{_ROOT / 'tools/evaluate.py'}", *loads, "--data", args.valid_data_path, "--json", f"{losses}"],
+            [
+                python,
+                f"{_ROOT / 'tools/evaluate.py'}",
+                *loads,
+                "--data",
+                args.valid_data_path,
+                "--max-tokens",
+                f"{tokens}",
+                "--json",
+                f"{losses}",
+            ],
         )
     if "export" not in skipped:
         script = f"{_ROOT / 'tools/checkpoint_conversion/megatron_to_hf.sh'}"

@@ -28,6 +28,7 @@ from megatron.pruning.cli.flags import hyphenated, new_parser, positive
 from megatron.pruning.cli.speech import add_speech_flags, speaking
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.plan.measured import EVALUATED
 from megatron.pruning.storage.dtypes import TORCH_NAMES
 from megatron.pruning.storage.small_files import replace_durably
 from megatron.pruning.training.tokens import Tokens, conversations, windows
@@ -63,9 +64,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens",
         type=positive,
-        default=200_000,
+        default=EVALUATED,
         metavar="N",
-        help="tokens of the data, from its start (default 200,000)",
+        help=f"tokens of the data, from its start (default {EVALUATED:,})",
     )
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="windows that are computed at once (default 8)"

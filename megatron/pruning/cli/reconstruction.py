@@ -190,7 +190,7 @@ def claim(work: Path) -> int:
     Raises ValueError where it is somebody's own, for it is removed at the end, or another run is at work in it.
     """
     check_ours(work)
-    work.mkdir(exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     try:
         return hold_directory(work, tell=True)
     except BlockingIOError:

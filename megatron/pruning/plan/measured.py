@@ -18,6 +18,7 @@ from megatron.pruning.storage.small_files import parse_as, read_small
 MEASURED_FILE = "shapes.json"
 VERSION = 1
 ZERO = "zero"  # what --measure says for no training at all
+EVALUATED = 200_000  # tokens that a loss is taken of, unless told otherwise
 BEST = "best"  # what --shape says for the one that was measured best
 
 
