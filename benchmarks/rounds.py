@@ -1,6 +1,6 @@
 """Two rounds against one at equal tokens, and whether the loss at zero tokens ranks shapes as training does.
 
-    python benchmarks/rounds.py --work-dir runs/rounds      # about half an hour on two cores
+    python benchmarks/rounds.py --work-dir runs/rounds      # some twenty minutes on two cores
 
 The parent is the embedded model of 2.4M parameters, the size 0.8M. One round prunes, reconstructs and trains; two
 rounds do so twice, by equal ratios, with half the tokens each. The shape is the first that is proposed. Then the
@@ -24,7 +24,7 @@ from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.shapes import Shape, Target, propose
 
-SIZE, STEPS, SEEDS, LR, SHAPES = 800_000, 400, 3, 2e-3, 8
+SIZE, STEPS, SEEDS, LR, SHAPES = 800_000, 240, 3, 2e-3, 6
 
 
 class Rounds(Experiment):

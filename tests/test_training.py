@@ -344,6 +344,13 @@ def test_flags_that_do_not_fit_are_refused_in_one_sentence(forker: StockLoop, wo
 
 
 @pytest.mark.usefixtures("trained")
+def test_saving_aside_without_its_library_or_a_gpu_is_a_sentence(forker: StockLoop) -> None:
+    words = f"{TUNED} --save aside --async-save --use-persistent-ckpt-worker"
+    refused(forker, "aside", words, "--use-persistent-ckpt-worker needs a GPU")
+    refused(forker, "aside_gpu", words, "--async-save needs nvidia-resiliency-ext, which is not installed", gpu=True)
+
+
+@pytest.mark.usefixtures("trained")
 def test_weights_and_biases_without_a_login_is_a_sentence(folder: Path, forker: StockLoop) -> None:
     nobody = {"HOME": str(folder), "NETRC": "/dev/null", "WANDB_API_KEY": "", "WANDB_MODE": "online"}
     sentence = "--wandb-project curves: No API key configured; log in with `wandb login` or WANDB_API_KEY, or keep"

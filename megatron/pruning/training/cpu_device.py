@@ -120,6 +120,7 @@ def refuse(args: argparse.Namespace) -> None:
         "--use-megatron-fsdp": args.use_megatron_fsdp,
         "--use-torch-fsdp2": args.use_torch_fsdp2,
         "--tp-comm-overlap": args.tp_comm_overlap,
+        "--use-persistent-ckpt-worker": args.use_persistent_ckpt_worker,
         "--cp-comm-type with --context-parallel-size above 1": args.context_parallel_size > 1,
         "--attention-backend": args.attention_backend.name in ("flash", "fused"),
     }

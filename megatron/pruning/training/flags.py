@@ -72,6 +72,12 @@ def refuse_without_libraries(args: argparse.Namespace) -> None:
             "--use-distributed-optimizer cannot resume without TransformerEngine or apex, and neither is installed: "
             "leave it out, or give --no-save-optim"
         )
+    saves_aside = args.async_save and args.use_persistent_ckpt_worker  # without that one Megatron goes on without it
+    if saves_aside and args.async_strategy == "nvrx" and not importlib.util.find_spec("nvidia_resiliency_ext"):
+        raise ValueError(
+            "--async-save needs nvidia-resiliency-ext, which is not installed: pip install nvidia-resiliency-ext, or "
+            "give --async-strategy mcore"
+        )
     _refuse_without_writers(args)
 
 
