@@ -45,5 +45,7 @@ if [ -n "$DATA_PATH" ]; then
     remain+=(--reconstruct --data-path "${split[@]}")
 fi
 
-launch "$GPUS_PER_NODE" "$ROOT/prune_llama.py" --is_prune "${remain[@]}" \
+processes=$GPUS_PER_NODE
+[[ " $* " != *" --candidates"* ]] || processes=1 # it starts the steps itself, each with GPUS_PER_NODE processes
+launch "$processes" "$ROOT/prune_llama.py" --is_prune "${remain[@]}" \
     --load "$LOAD_PATH" --save "$SAVE_PATH" "$@"

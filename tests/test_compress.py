@@ -20,8 +20,12 @@ FLAGS = ["--load", str(TINY), "--target=0.5", "--data-path=x", "--valid-data-pat
 
 
 @pytest.fixture(autouse=True)
-def a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of the training has 2,000 tokens."""
+def a_place(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A folder with two texts, and an environment in which a step of the training has 2,000 tokens."""
+    place = tmp_path_factory.mktemp("texts")
+    for name in ("x.idx", "y.idx"):
+        (place / name).touch()
+    monkeypatch.chdir(place)
     monkeypatch.setenv("SEQ_LENGTH", "100")
     monkeypatch.setenv("GLOBAL_BATCH_SIZE", "20")
     for name in ("PYTHON", "LR_WARMUP_ITERS", "SAVE_INTERVAL"):
@@ -117,6 +121,8 @@ def test_ended_anywhere_it_goes_on_there(tmp_path: Path, monkeypatch: pytest.Mon
         (["--target=lots"], "'lots' is not a number such as 3.4B"),
         (["--tokens=1M,2M", "--rounds=3"], "--tokens 1M,2M names 2 amounts, but there are --rounds 3"),
         (["--skip=cook"], "--skip cook: the steps are shapes, prune"),
+        (["--valid-data-path=z"], "--valid-data-path z: there is neither z.bin and .idx nor a file"),
+        (["--data-path", "0.5", "x", "0.5", "z"], "--data-path z: there is neither"),
         (["--load", "absent"], "--load absent: no such directory"),
     ],
 )

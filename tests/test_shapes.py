@@ -59,7 +59,8 @@ def test_counts_are_read_as_people_write_them(text: str, value: float) -> None:
     assert parse_bytes("8GB") == 8e9 and parse_bytes("7.5 GiB") == 7.5 * 2**30 and parse_bytes("12mib") == 12 * 2**20
 
 
-LEARN, BATCH = ["--data-path=x", "--valid-data-path=y"], ["--seq-length=16", "--global-batch-size=2"]
+HERE = str(Path(__file__))
+LEARN, BATCH = [f"--data-path={HERE}", f"--valid-data-path={HERE}"], ["--seq-length=16", "--global-batch-size=2"]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,7 @@ LEARN, BATCH = ["--data-path=x", "--valid-data-path=y"], ["--seq-length=16", "--
         (["--target-memory=170kB", "--kv-sequence=64", "--kv-batch=100"], "the nearest has .* bytes: ask for that"),
         (["--target-ratio=0.6", "--candidates=1", *LEARN], "at least two shapes"),
         (["--target-ratio=0.6", "--candidates=2"], "--candidates reconstructs each shape by a text: add --data-path"),
+        (["--target-ratio=0.6", "--candidates=2", "--data-path=x", "--valid-data-path=y"], "--data-path x: there is n"),
         (["--target-ratio=0.6", "--candidates=2", "--data-path=x"], "not learned from: add --valid-data-path"),
         (["--target-ratio=0.6", "--candidates=2", *LEARN, "--shape=1"], "leave one of"),
         (["--target-ratio=0.6", "--candidates=2", *LEARN, "--measure=1k"], "counts tokens: add --seq-length N"),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -59,11 +60,21 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--candidates reconstructs each shape by a text: add --data-path PREFIX")
     if len(args.valid_data_path or ()) != 1:
         raise ValueError("--candidates compares on one text that is not learned from: add --valid-data-path PREFIX")
+    check_texts("--data-path", args.data_path)
+    check_texts("--valid-data-path", args.valid_data_path)
     for flag, given in (("--plan-only", args.plan_only), ("--shape", args.shape is not None)):
         if given:
             raise ValueError(f"--candidates measures shapes and {flag} decides for one: leave one of them out")
     if args.measure != ZERO:
         _steps(args)
+
+
+def check_texts(flag: str, words: Sequence[str]) -> None:
+    """Raise ValueError where a text of a flag is not there: it would be said late, and as of another flag."""
+    for word in words:
+        is_weight = len(words) > 1 and re.fullmatch(r"[\d.eE+-]+", word)
+        if not (is_weight or Path(word).is_file() or Path(f"{word}.idx").is_file()):
+            raise ValueError(f"{flag} {word}: there is neither {word}.bin and .idx nor a file of this name")
 
 
 def _steps(args: argparse.Namespace) -> int:
@@ -242,6 +253,8 @@ class _Work:
         )  # fmt: skip
         loss = float(json.loads(result.read_bytes())[0]["loss"])
         result.unlink()
+        if not math.isfinite(loss):
+            raise ValueError(f"{checkpoint} has a loss of {loss}; of a training: try a smaller --lr (log: {log})")
         return loss
 
 

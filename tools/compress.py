@@ -37,6 +37,7 @@ from megatron.pruning.plan.shapes import parse_bytes, parse_count
 from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.output import hold_directory
 from megatron.pruning.storage.small_files import parse_as, read_small, replace_durably
+from tools.candidates import check_texts
 
 STATE_FILE = "compress.json"
 STEPS = ("shapes", "prune", "recover", "evaluate", "export", "generate", "report")
@@ -121,6 +122,8 @@ def main(argv: Sequence[str]) -> None:
     args, further = parser().parse_known_args(words)
     args.save = Path(os.path.abspath(args.save))  # noqa: PTH100 - links stay
     parent = open_checkpoint(args.load)
+    check_texts("--data-path", args.data_path)
+    check_texts("--valid-data-path", [args.valid_data_path])
     steps = list(plan(args, further, parent))
     show(steps, args.save)
     if args.dry_run:
