@@ -13,6 +13,7 @@ translation ends the run with a sentence, and so does a translation of a flag th
 import argparse
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -318,6 +319,48 @@ def recorded_teacher() -> None:
     show(rows)
     _caption(said(found["machine"]), said("{} rounds", found["rounds"]))
     print()
+
+
+def rounds() -> None:
+    """Print the table of benchmarks/rounds.py: the losses by the number of rounds."""
+    found = _read(RESULTS / "rounds.json")
+    rows = [["", said("parent"), *(said("{} round" if n == "1" else "{} rounds", n) for n in found["rounds"])]]
+    rows.append([said("loss"), f"{found['parent']:.3f}", *(_spread(loss) for loss in found["rounds"].values())])
+    show(rows)
+    _caption(said(found["machine"]), _seeds(found), said("{} tokens in all", f"{found['tokens'] / 1e6:.2f}M"))
+    print()
+
+
+def shapes_trained() -> None:
+    """Print the other table of benchmarks/rounds.py: shapes, as they are at once and as training leaves them."""
+    found = _read(RESULTS / "rounds.json")
+    rows = [[said("shape"), *_AXES, said("at once"), said("trained")]]
+    for number, shape in enumerate(found["shapes"], start=1):
+        rows.append([f"{number}", *_sizes(shape), f"{shape['at_once']:.3f}", f"{shape['trained']:.3f}"])
+    show(rows)
+    trained = said("trained on {} tokens", f"{found['trained_tokens'] / 1e6:.2f}M")
+    _caption(said(found["machine"]), trained, said("Spearman's rank correlation {}", f"{found['spearman']:.2f}"))
+    print()
+
+
+def shapes_measured() -> None:
+    """Print the table of benchmarks/shapes.py: the shapes of a size, the best first."""
+    found = _read(RESULTS / "shapes.json")
+    rows = [["", *_AXES, said("parameters"), said("perplexity")]]
+    ranked = {f"{number}": found["shapes"][number - 1] for number in found["best_first"]}
+    for name, shape in {**ranked, said("the parent"): found["parent"]}.items():
+        parameters, loss = f"{shape['parameters'] / 1e6:.1f}M", math.exp(shape["losses"]["0"])
+        rows.append([name, *_sizes(shape), parameters, f"{loss:.1f}"])
+    show(rows)
+    _caption(said(found["machine"]), found["model"])
+    print()
+
+
+_AXES = ("layers", "hidden", "ffn", "heads")
+
+
+def _sizes(shape: Mapping[str, Any]) -> list[str]:
+    return [f"{shape['sizes'][axis]:,}" for axis in _AXES]
 
 
 def _batch_caption(result: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ PAGES = (
     "reconstruct",
     "smollm2",
     "shapes",
+    "compress",
     "performance",
     "clusters",
     "how-it-works",

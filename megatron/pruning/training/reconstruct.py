@@ -20,6 +20,7 @@ from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.weights import READERS
 from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.pruned import Pruned
+from megatron.pruning.storage.progress import Progress
 from megatron.pruning.training.basis import Basis, rotation
 from megatron.pruning.training.calibration import Calibration, Stretch
 from megatron.pruning.training.layerwise import ROW, Layer, States, Weights, embed, layer_of, tensor_of
@@ -295,8 +296,8 @@ class Reconstruction:
         return rotation(seen, readers, self.config.hidden_size)
 
 
-def loss_of(checkpoint: Checkpoint, text: Text, states: States) -> float:
-    """Return a model's mean loss in nats on what is held out, one layer at a time."""
+def loss_of(checkpoint: Checkpoint, text: Text, states: States, progress: Progress) -> float:
+    """Return a model's mean loss in nats on what is held out, one layer at a time; `progress` counts these."""
     config, dtype, device = checkpoint.config, states.dtype, text.device
     layer = Layer(config, dtype, device)
     held_out = list(text.stretches(held_out=True))
@@ -306,6 +307,7 @@ def loss_of(checkpoint: Checkpoint, text: Text, states: States) -> float:
         layer.load(layer_of(checkpoint, number, dtype, device))
         for stretch in held_out:
             states.put("loss", stretch.number, layer(states.get("loss", stretch.number)))
+        progress.advance(1)
     gain = tensor_of(checkpoint.weight(ROW["final_norm"], None), dtype, device)
     head = tensor_of(checkpoint.weight(ROW["embed" if config.tied else "lm_head"], None), dtype, device)
     total = torch.zeros(2, dtype=torch.float64, device=device)

@@ -70,7 +70,10 @@ class Job:
             model = Reconstructed(self.parent, self.plan, self._weights())
             if self.report.losses is None:
                 compared = (self.parent, Pruned(self.parent, self.plan), model)
-                losses = Losses(*(loss_of(one, self.text, self.states) for one in compared))
+                layers = sum(one.config.num_layers for one in compared)
+                progress = Progress("losses on held-out text", layers, self.world.rank == 0, unit="layers")
+                losses = Losses(*(loss_of(one, self.text, self.states, progress) for one in compared))
+                progress.close()
                 self.report = msgspec.structs.replace(self.report, losses=losses)
                 self._commit()
             model.refit = self.report.refit
