@@ -49,6 +49,12 @@ _OURS = (
     "TEACHER_LOAD TEACHER_SAVE KD_LOAD TENSORBOARD_PATH HIDDEN_SIZE_REMAIN NUM_ATTENTION_HEADS_REMAIN "
     "NUM_QUERY_GROUPS_REMAIN FFN_HIDDEN_SIZE_REMAIN DROP_LAYERS PRUNE_TYPE"
 ).split()
+# Settings of scripts/check_model.sh that a user may have made: they stand in the command that is printed.
+_TRAINING = (
+    "GPUS_PER_NODE NNODES SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR LR_WARMUP_ITERS "
+    "WEIGHT_DECAY CLIP_GRAD SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL TOKENIZER_TYPE "
+    "TOKENIZER_MODEL DTYPE KD_ALPHA KD_TEMPERATURE DISTRIBUTED_OPTIMIZER TP PP"
+).split()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -214,6 +220,7 @@ def plan(args: argparse.Namespace, further: Sequence[str], parent: Checkpoint) -
     python = os.environ.get("PYTHON", sys.executable)
     source, models = args.load, [args.load]
     tokens = tokens_of_rounds(args)
+    step_tokens()  # it says what is not set
     for number, (amount, target) in enumerate(
         zip(tokens, targets_of_rounds(args, parent, len(tokens)), strict=True), 1
     ):
@@ -222,8 +229,12 @@ def plan(args: argparse.Namespace, further: Sequence[str], parent: Checkpoint) -
         pruned, recovered = folder / "pruned", folder / "recovered"
         words = [*target, "--data-path", *args.data_path, *further]
         settings = {"LOAD_PATH": f"{source}", "SAVE_PATH": f"{pruned}", "PYTHON": python}
+        settings |= {name: value for name in ("GPUS_PER_NODE",) if (value := os.environ.get(name))}
         if args.candidates and "shapes" not in skipped:
             measured = ["--candidates", f"{args.candidates}", "--measure", args.measure]
+            if args.measure != ZERO:  # what a step is
+                measured += ["--seq-length", os.environ["SEQ_LENGTH"]]
+                measured += ["--global-batch-size", os.environ["GLOBAL_BATCH_SIZE"]]
             yield Step(
                 f"round {number}: shapes",
                 [python, f"{_ROOT / 'prune_llama.py'}", "--load", f"{source}", "--save", f"{pruned}", *words, *measured,
@@ -254,7 +265,7 @@ def recover(
     each = step_tokens()
     steps = max(1, round(tokens / each))
     saves = math.ceil(steps / int(os.environ.get("SAVE_INTERVAL", 500)))
-    settings = {
+    settings = {name: value for name in _TRAINING if (value := os.environ.get(name))} | {
         "LOAD_PATH": f"{source}",
         "SAVE_PATH": f"{save}",
         "DATA_PATH": " ".join(args.data_path),
@@ -262,8 +273,7 @@ def recover(
         "TRAIN_ITERS": f"{steps}",
         "PYTHON": os.environ.get("PYTHON", sys.executable),
     }
-    if "LR_WARMUP_ITERS" not in os.environ:
-        settings["LR_WARMUP_ITERS"] = f"{min(50, steps // 15)}"
+    settings.setdefault("LR_WARMUP_ITERS", f"{min(50, steps // 15)}")
     if args.teacher == "parent":
         settings["TEACHER_LOAD"] = f"{args.load}"
     # Each save has the weights, a copy of them in fp32 and Adam's two moments.
