@@ -95,7 +95,11 @@ def stands_in_for_python(folder: Path) -> Path:
     script = folder / "python"
     program = "*/pretrain_gpt.py | */prune_llama.py | */evaluate.py | */convert.py | */generate.py | */report.py"
     script.write_text(
-        f'#!/bin/sh\ncase "$1" in {program}) exec {sys.executable} {__file__} "$@";; esac\nexec {sys.executable} "$@"\n'
+        "#!/bin/sh\n"
+        # It waits for processes of its own, longer than a case may take.
+        f'case "$*" in *" --candidates "*) exec {sys.executable} "$@";; esac\n'
+        f'case "$1" in {program}) exec {sys.executable} {__file__} "$@";; esac\n'
+        f'exec {sys.executable} "$@"\n'
     )
     script.chmod(0o755)
     return script
