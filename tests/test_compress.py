@@ -1,5 +1,6 @@
 """From a size to a model in one command: what is done, in which order, once; and the page that tells of it."""
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -187,20 +188,40 @@ def test_the_page_has_everything_and_needs_nothing(compressed: Path) -> None:
         assert (said in page and said.replace("_", r"\_") in text) or said in text
     assert page.count("data:image/png;base64,") == text.count("](report/") == 4
     assert not re.search(r'(?:src|href)="(?!data:)|@import|url\(', page)
+    headings = re.findall(r"<h(\d)>(.*?)</h", page)
+    levels = [int(level) for level, _ in headings]
+    assert levels[0] == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    parts = [heading for level, heading in headings if level == "2"]
+    assert parts == ["Models", "Samples", "Recovery", "What was cut", "How it was made"]
+    assert page.index("held-out loss") < page.index("Models</h2>") and '<th scope="col">rank</th>' in page
     losses = json.loads((compressed / "out/losses.json").read_text())
     assert all(f"{one['loss']:.4f}" in page and f"{one['loss']:.4f}" in text for one in losses)
     pictures = re.findall(r"\]\((report/\d+\.png)\)", text)
     assert all((compressed / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
 
 
+@pytest.mark.parametrize("seconds,said", [(0.4, "0 s"), (59.6, "1 min 0 s"), (952.8, "15 min 53 s"),
+                                          (3_600_060, "1,000 h 1 min")])  # fmt: skip
+def test_a_time_is_said_in_its_two_largest_units(seconds: float, said: str) -> None:
+    assert report.said_time(seconds) == said
+
+
+def test_what_may_be_wider_than_a_window_is_scrolled_by_keys_and_has_a_name() -> None:
+    wide = [Block(heading="Shapes"), Block(rows=[["a"], ["1"]]), Block(picture=b"x", shows="a loss")]
+    page = report.render("report.html", "title", wide)
+    boxes = re.findall(r'<div class="scroll" tabindex="0" role="region" aria-label="(.*?)">\s*<(table|img)', page)
+    assert boxes == [("Table: Shapes", "table"), ("Picture: Shapes", "img")] and 'alt="a loss"' in page
+    assert page.count("<table") == page.count("<img") == 1
+
+
 def test_what_a_model_writes_stays_text() -> None:
     hostile = "<script>alert(1)</script>\n```\n# not a heading\n|a|b| [x](http://y)"
     blocks: Sequence[Block] = [
         Block(text=hostile), Block(rows=[["", hostile], [hostile, "1"]]), Block(code=hostile),
-        Block(columns=[(hostile, hostile)]), Block(heading=hostile),
+        Block(columns=[(hostile, hostile)]), Block(heading=hostile), Block(figures=[(hostile, hostile, hostile)]),
     ]  # fmt: skip
     page = report.render("report.html", hostile, blocks)
-    assert "<script>" not in page and page.count("&lt;script&gt;") == 9
+    assert "<script>" not in page and page.count("&lt;script&gt;") == 13
     text = report.render("report.md", hostile, blocks)
     outside = re.sub(r"^(````+)text\n.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
     obeyed = re.sub(r"\\.", "", outside)

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from megatron.pruning.plan import figure as plan_pictures
+from megatron.pruning.plan.measured import Measured, MeasuredShape, measured_figure
 from megatron.pruning.plan.plan import Evidence, Plan
 
 KNOWN = {"hidden": (0.8,), "ffn": (0.7,), "heads": (0.6,)}  # importance kept, in every layer the same
@@ -132,6 +134,26 @@ def test_the_picture_of_streaming_is_drawn_again_from_its_results(
                                                               ("seconds", "by_hand_seconds")}  # fmt: skip
     with pytest.raises(SystemExit):
         streaming.main([f"--results={results}"])
+
+
+@pytest.mark.parametrize("scale", [1, 3000])
+def test_the_sizes_of_measured_shapes_are_written_apart(scale: int, drawn: list[Figure]) -> None:
+    def shape(parameters: int, operations: int, loss: float) -> MeasuredShape:
+        sizes = {"layers": 8, "hidden": 128, "ffn": 320, "heads": 8, "groups": 4, "head_dim": 20, "vocab": 1024}
+        return MeasuredShape(sizes=sizes, parameters=parameters * scale, memory=2 * parameters * scale,
+                             operations=operations * scale, losses={0: loss})  # fmt: skip
+
+    shapes = [shape(1_738_880, 3_215_616, 3.1), shape(1_726_336, 3_190_528, 3.2), shape(1_693_552, 3_157_728, 3.4)]
+    picture = measured_figure(Measured(job={}, parent=shape(2_419_360, 4_511_040, 2.6), shapes=shapes))
+    width, _ = drawn[0].get_size_inches()
+    assert plt.imread(BytesIO(picture)).shape[1] == 200 * width
+    drawn[0].draw_without_rendering()
+    for axes in drawn[0].axes:
+        left, right = axes.get_xlim()
+        written = [
+            label.get_window_extent() for label in axes.get_xticklabels() if left <= label.get_position()[0] <= right
+        ]
+        assert len(written) >= 2 and all(a.x1 < b.x0 for a, b in itertools.pairwise(written))
 
 
 def test_no_figure_stays_open(drawn: list[Figure]) -> None:

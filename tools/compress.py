@@ -30,7 +30,7 @@ from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive, without
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
-from megatron.pruning.model.config import short
+from megatron.pruning.model.config import said_bytes, short
 from megatron.pruning.plan.measured import BEST, ZERO
 from megatron.pruning.plan.report import table
 from megatron.pruning.plan.shapes import parse_bytes, parse_count
@@ -203,11 +203,6 @@ def show(steps: Sequence[Step], save: Path) -> None:
     print(f"the disk of {there} has {said_bytes(free)} left", flush=True)
     if free < total:
         print(f"warning: that is less than the {said_bytes(total)} that are written", file=sys.stderr, flush=True)
-
-
-def said_bytes(count: float) -> str:
-    """Write bytes to three digits: 13.5 GB."""
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def plan(args: argparse.Namespace, further: Sequence[str], parent: Checkpoint) -> Iterator[Step]:

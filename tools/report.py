@@ -2,9 +2,9 @@
 
     python tools/report.py runs/compressed
 
-There stand parent and result, the shapes that were tried, what each round kept and mended, how it recovered, the losses
-of all models on the same text, what they write, the commands that were run, and the versions of what ran them. What is
-not there, because its step was skipped or has not run yet, is left out.
+First stands what was made and whether it is good: the losses of all models on the same text, what they write, how they
+recovered. Then come the shapes that were tried and what each round kept and mended, the commands that were run, and the
+versions of what ran them. What is not there, because its step was skipped or has not run yet, is left out.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import platform
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,14 @@ from megatron.pruning.cli.flags import hyphenated, new_parser
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.axes import AXIS, PRUNABLE
 from megatron.pruning.model.checkpoint import PLAN_FILE
-from megatron.pruning.model.config import short
-from megatron.pruning.plan.figure import plan_figure, report_figure
+from megatron.pruning.model.config import said_bytes, short
+from megatron.pruning.plan.figure import plan_figure, png_of, report_figure
 from megatron.pruning.plan.measured import MEASURED_FILE, Measured, folder_of, measured_figure
 from megatron.pruning.plan.plan import MADE_BY, Plan
 from megatron.pruning.plan.reconstructed import REPORT_FILE, Report
 from megatron.pruning.storage.manifest import MANIFEST
 from megatron.pruning.storage.small_files import parse_as, parse_json, read_small, replace_durably
-from tools.compress import STATE_FILE, State, said_bytes
+from tools.compress import STATE_FILE, State
 from tools.plot_loss import Label, plot, read_run, write_beside
 
 _VERSIONS = ("torch", "megatron-core", "transformers", "transformer-engine", "numpy")
@@ -44,11 +43,14 @@ _VERSIONS = ("torch", "megatron-core", "transformers", "transformer-engine", "nu
 class Block:
     """A part of the page: of one of these kinds is what it has, and nothing of the others.
 
-    `heading` stands above what follows; `text` is a paragraph; `rows` a table, headed by the first of them; `picture` a
-    PNG, with what it shows; `code` are lines as they are; `columns` are texts beside each other, each with its title.
+    `heading` stands above what follows, at a `level`; `figures` are few and large, each of (name, figure, what to
+    compare it with); `text` is a paragraph; `rows` a table, headed by the first of them; `picture` a PNG, with what it
+    shows; `code` are lines as they are; `columns` are texts beside each other, each with its title.
     """
 
     heading: str = ""
+    level: int = 2
+    figures: Sequence[tuple[str, str, str]] = ()
     text: str = ""
     rows: Sequence[Sequence[str]] = ()
     picture: bytes = b""
@@ -95,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"{folder} has no {STATE_FILE}: name the SAVE_PATH of a scripts/compress.sh")
     state = parse_as(State, read_small(folder / STATE_FILE), f"{folder / STATE_FILE} says not what was done")
     compression = Run(folder, state)
-    blocks = [*overview(compression), *rounds(compression), *recovery(compression), *samples(compression),
+    blocks = [*overview(compression), *samples(compression), *recovery(compression), *rounds(compression),
               *how(compression)]  # fmt: skip
     title = f"{folder.name}: a smaller Llama"
     for number, block in enumerate(blocks):
@@ -114,7 +116,7 @@ def render(name: str, title: str, blocks: Sequence[Block]) -> str:
     )  # fmt: skip
     environment.filters["plain"] = lambda text: re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(text.split()))
     environment.filters["fence"] = lambda text: "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
-    return environment.get_template(f"{name}.jinja").render(title=title, blocks=blocks, made_by=MADE_BY)
+    return environment.get_template(f"{name}.jinja").render(title=title, blocks=blocks)
 
 
 def overview(run: Run) -> Iterator[Block]:
@@ -125,16 +127,33 @@ def overview(run: Run) -> Iterator[Block]:
     first, last = losses[0], losses[-1]
     share = last["parameters"] / first["parameters"]
     yield Block(
-        text=f"{short(first['parameters'])} parameters became {short(last['parameters'])}, {share:.0%} of them; the "
-        f"loss on held-out text is {last['loss']:.3f} nats a token, that of the parent {first['loss']:.3f}."
+        figures=[
+            ("parameters", short(last["parameters"]), f"{share:.0%} of {short(first['parameters'])}"),
+            ("held-out loss", f"{last['loss']:.3f}", f"parent: {first['loss']:.3f}"),
+            ("perplexity", f"{last['perplexity']:.1f}", f"parent: {first['perplexity']:.1f}"),
+            ("time", said_time(sum(done.seconds for done in run.state.done.values())), "all steps together"),
+        ]
     )
+    exported = "; hf has it in the format of Hugging Face" if (run.folder / "hf/config.json").is_file() else ""
+    made = f"{name_of(run, last['path'])} was made from {name_of(run, first['path'])}"
+    yield Block(text=f"{made}, in {len(run.rounds)} rounds{exported}." if len(run.rounds) > 1 else f"{made}{exported}.")
     yield Block(heading="Models")
+    yield Block(text="All have read the same held-out text; the loss is in nats a token.")
     figures = [name for name in first if name not in ("path", "parameters", "loss", "perplexity")]
     rows = [["model", "parameters", "loss", "perplexity", *figures]]
     for one in losses:
         numbers = [f"{one['loss']:.4f}", f"{one['perplexity']:.2f}", *(f"{one[name]:.4f}" for name in figures)]
         rows.append([name_of(run, one["path"]), f"{one['parameters']:,}", *numbers])
     yield Block(rows=rows)
+
+
+def said_time(seconds: float) -> str:
+    """Write a time in its two largest units: 3 min 25 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, of_hour = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {of_hour} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def name_of(run: Run, path: str) -> str:
@@ -150,19 +169,24 @@ def rounds(run: Run) -> Iterator[Block]:
         pruned = folder / "pruned"
         yield from shapes(folder_of(pruned) / MEASURED_FILE)
         if (pruned / PLAN_FILE).is_file():
+            yield Block(heading="What was kept", level=3)
             plan = Plan.from_json(read_small(pruned / PLAN_FILE).decode(), str(pruned / PLAN_FILE))
-            rows = [["", "before", "after"]]
-            rows += [[AXIS[axis].words, f"{plan.parent_sizes[axis]:,}", f"{plan.sizes[axis]:,}"] for axis in PRUNABLE]
+            rows = [["", "before", "after", "kept"]]
+            for axis in PRUNABLE:
+                before, after = plan.parent_sizes[axis], plan.sizes[axis]
+                rows.append([AXIS[axis].words, f"{before:,}", f"{after:,}", f"{after / before:.0%}"])
             yield Block(rows=rows)
             yield Block(picture=plan_figure(plan), shows="What the plan keeps of each axis, and of each layer.")
         if (pruned / REPORT_FILE).is_file():
             report = Report.from_json(read_small(pruned / REPORT_FILE), str(pruned / REPORT_FILE))
             if report.losses and report.weights:
                 told = report.losses
+                yield Block(heading="What the reconstruction mended", level=3)
                 yield Block(
-                    text=f"Right after the cut the held-out loss was {told.cut:.3f}; refitting what remained by "
-                    f"{report.sequences:,} sequences of {report.sequence_length:,} tokens brought it to "
-                    f"{told.reconstructed:.3f}, without training. That of the model before it was {told.parent:.3f}."
+                    text=f"The cut brought the loss from {told.parent:.3f} to {told.cut:.3f}, refitting the weights "
+                    f"that remained to {told.reconstructed:.3f}, without training. They were refitted on "
+                    f"{report.sequences:,} sequences of {report.sequence_length:,} tokens; these losses are those of "
+                    f"{report.held_out_sequences:,} others of the same text."
                 )
                 yield Block(
                     picture=report_figure(report), shows="What each layer's weights miss, before the refit and after."
@@ -175,9 +199,9 @@ def shapes(file: Path) -> Iterator[Block]:
         return
     measured = Measured.from_json(read_small(file), str(file))
     if ranked := measured.ranked():
+        yield Block(heading="Shapes", level=3)
         yield Block(text=f"{len(ranked)} shapes were measured; the best is number {ranked[0]}.")
-        lines = [re.split(r"\s{2,}", line.strip()) for line in measured.describe().splitlines()]
-        yield Block(code=measured.describe() if len(lines) > 1 else "")
+        yield Block(rows=measured.rows())
         yield Block(
             picture=measured_figure(measured), shows="Loss of each shape against parameters, memory and operations."
         )
@@ -197,7 +221,7 @@ def recovery(run: Run) -> Iterator[Block]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
     labels = []
     for name, directory in curves:
         labels += plot(axes, name, read_run(directory, False, "lm loss"), 1, 10)
@@ -209,11 +233,8 @@ def recovery(run: Run) -> Iterator[Block]:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     write_beside(axes, labels)
-    out = BytesIO()
-    figure.savefig(out, format="png", dpi=100)
-    plt.close(figure)
     yield Block(heading="Recovery")
-    yield Block(picture=out.getvalue(), shows="Loss of the training and of the validation, by steps.")
+    yield Block(picture=png_of(figure), shows="Loss of the training and of the validation, by steps.")
 
 
 def samples(run: Run) -> Iterator[Block]:
@@ -223,14 +244,16 @@ def samples(run: Run) -> Iterator[Block]:
         return
     yield Block(heading="Samples")
     for one in found:
+        asked = " ".join(one["prompt"].split())
+        yield Block(heading=asked if len(asked) <= 80 else f"{asked[:79]}…", level=3)
         yield Block(columns=[(name_of(run, text["path"]), text["text"]) for text in one["texts"]])
 
 
 def how(run: Run) -> Iterator[Block]:
     """Yield the commands, the time they took, what was written, and the versions."""
     yield Block(heading="How it was made")
-    rows = [["step", "seconds"], *([name, f"{done.seconds:,.0f}"] for name, done in run.state.done.items())]
-    yield Block(rows=rows)
+    yield Block(rows=[["step", "time"], *([name, said_time(done.seconds)] for name, done in run.state.done.items())])
+    yield Block(heading="Commands", level=3)
     commands = [f"# {name}\n{done.command}" for name, done in run.state.done.items()]
     yield Block(code="\n\n".join(commands))
     written = [["checkpoint", "bytes", "sha256 of its manifest"]]
@@ -239,14 +262,16 @@ def how(run: Run) -> Iterator[Block]:
         digest = hashlib.sha256(read_small(file)).hexdigest()[:16]
         written.append([name_of(run, str(file.parent)), said_bytes(checkpoint.nbytes), digest])
     if len(written) > 1:
+        yield Block(heading="Checkpoints", level=3)
         yield Block(rows=written)
-    versions = [["", "version"], ["Python", platform.python_version()]]
+    yield Block(heading="Versions", level=3)
+    versions = [MADE_BY, f"Python {platform.python_version()}"]
     for name in _VERSIONS:
         try:
-            versions.append([name, importlib.metadata.version(name)])
+            versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    yield Block(rows=[*versions, ["this project", MADE_BY.split()[-1]]])
+    yield Block(text=f"{', '.join(versions)}.")
     seeds = {parse_json(read_small(folder / "pruned" / PLAN_FILE), "plan").get("seed") for folder in run.rounds
              if (folder / "pruned" / PLAN_FILE).is_file()}  # fmt: skip
     if seeds:

@@ -136,3 +136,8 @@ def short(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.3g}{letter}"
     return f"{count:.3g}"
+
+
+def said_bytes(count: float) -> str:
+    """Write bytes to three digits: 13.5 GB."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

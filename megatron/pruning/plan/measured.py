@@ -1,7 +1,6 @@
 """What shapes are worth, measured: the losses of each by the tokens that it was trained on, and the best of them."""
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ import msgspec
 
 from megatron.pruning.model.axes import PRUNABLE
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
-from megatron.pruning.model.config import short
+from megatron.pruning.model.config import said_bytes, short
+from megatron.pruning.plan.figure import png_of
 from megatron.pruning.plan.plan import MADE_BY
 from megatron.pruning.plan.report import table
 from megatron.pruning.plan.shapes import Shape
@@ -71,20 +71,24 @@ class Measured(msgspec.Struct, kw_only=True):
         known = [number for number, shape in enumerate(self.shapes, start=1) if shape.losses]
         return sorted(known, key=lambda number: (-self.shapes[number - 1].tokens, self.shapes[number - 1].loss))
 
-    def describe(self) -> str:
-        """Return the ranking as a table, with the parent below it."""
+    def rows(self) -> list[Sequence[str]]:
+        """Return the ranking, the best first and the parent last, below a heading."""
         trained = sorted({tokens for shape in self.shapes for tokens in shape.losses})
         rows: list[Sequence[str]] = [
-            ("rank", "shape", *PRUNABLE, "parameters", "memory", "GFLOP/token", *map(_after, trained))
+            ("rank", "shape", *PRUNABLE, "parameters", "memory", "FLOPs/token", *map(_after, trained))
         ]
         ranked = [(f"{rank}", f"{number}") for rank, number in enumerate(self.ranked(), start=1)]
         for rank, number in [*ranked, ("", "parent")]:
             shape = self.parent if number == "parent" else self.shapes[int(number) - 1]
             losses = [f"{shape.losses[tokens]:.4f}" if tokens in shape.losses else "" for tokens in trained]
             sizes = [f"{shape.sizes[axis]:,}" for axis in PRUNABLE]
-            memory, operations = f"{shape.memory / 1e9:.3g} GB", f"{shape.operations / 1e9:.3g}"
+            memory, operations = said_bytes(shape.memory), short(shape.operations)
             rows.append((rank, number, *sizes, f"{shape.parameters:,}", memory, operations, *losses))
-        return table(rows)
+        return rows
+
+    def describe(self) -> str:
+        """Return the ranking as a table."""
+        return table(self.rows())
 
 
 def folder_of(save: Path) -> Path:
@@ -119,16 +123,16 @@ def measured_figure(measured: Measured) -> bytes:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     shapes = {number: measured.shapes[number - 1] for number in measured.ranked()}
     best = next(iter(shapes))
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained", sharey=True)
-    costs = (("parameters", 1e6, "million parameters"), ("memory", 1e6, "MB of memory"),
-             ("operations", 1e9, "GFLOP a token"))  # fmt: skip
+    figure, panels = plt.subplots(1, 3, figsize=(9, 3.8), layout="constrained", sharey=True)
+    costs = (("parameters", "", "parameters"), ("memory", "B", "memory"), ("operations", "", "FLOPs a token"))
     for axes, (cost, unit, label) in zip(panels, costs, strict=True):
         for trained in sorted({shape.tokens for shape in shapes.values()}):
             stage = {n: shape for n, shape in shapes.items() if shape.tokens == trained}
-            x = [getattr(shape, cost) / unit for shape in stage.values()]
+            x = [getattr(shape, cost) for shape in stage.values()]
             y = [shape.loss for shape in stage.values()]
             axes.scatter(x, y, s=36, label=_after(trained))
             front = _undominated(list(zip(x, y, strict=True)))
@@ -141,15 +145,14 @@ def measured_figure(measured: Measured) -> bytes:
             axes.axhline(measured.parent.loss, color="black", linestyle=":", linewidth=1)
         axes.margins(0.12)
         axes.set_xlabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
+        axes.xaxis.set_major_formatter(EngFormatter(unit, sep=""))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("loss in nats a token")
     panels[-1].legend(fontsize=9)
     parent = f"; dotted: the parent, {measured.parent.loss:.3f}" if measured.parent.losses else ""
     figure.suptitle(f"{len(shapes)} shapes on held-out text; ring: the best{parent}", fontsize=12)
-    out = BytesIO()
-    figure.savefig(out, format="png", dpi=100)
-    plt.close(figure)
-    return out.getvalue()
+    return png_of(figure)
 
 
 def _undominated(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron.pruning.model.axes import PRUNABLE
-from megatron.pruning.model.config import LlamaConfig
+from megatron.pruning.model.config import LlamaConfig, said_bytes, short
 from megatron.pruning.model.hf_config import hf_export_problem
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.weights import parameter_count
@@ -227,7 +227,7 @@ def describe_shapes(config: LlamaConfig, shapes: Sequence[Shape], bytes_each: in
     """Return the proposals as a table; the memory of the cache stands in it where it is of some tokens."""
     cache = ["with cache"] if cached_tokens else []
     rows: list[Sequence[str]] = [
-        ("shape", *PRUNABLE, "parameters", "of parent", "weights", *cache, "GFLOP/token", "KV bytes/token", "distance")
+        ("shape", *PRUNABLE, "parameters", "of parent", "weights", *cache, "FLOPs/token", "KV bytes/token", "distance")
     ]
     for number, shape in enumerate(shapes, start=1):
         memory = [shape.memory(bytes_each, tokens) for tokens in (0, cached_tokens)][: 1 + len(cache)]
@@ -235,7 +235,7 @@ def describe_shapes(config: LlamaConfig, shapes: Sequence[Shape], bytes_each: in
             (
                 f"{number}", *(f"{shape.sizes[axis]:,}" for axis in PRUNABLE),
                 f"{shape.parameters:,}", f"{shape.parameters / config.parameters:.1%}",
-                *(f"{size / 1e9:.3g} GB" for size in memory), f"{shape.operations / 1e9:.3g}",
+                *map(said_bytes, memory), short(shape.operations),
                 f"{bytes_each * cached_numbers(shape.sizes):,}", f"{shape.distance:.3f}",
             )
         )  # fmt: skip
