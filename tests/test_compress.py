@@ -66,11 +66,12 @@ def test_rounds_go_down_by_equal_ratios_and_begin_where_the_one_before_ended(
         "round 2: recover", "evaluate", "export", "generate", "report",
     ]  # fmt: skip
     of = {step.name: step for step in steps}
-    for number, ratio, source in ((1, "0.5", str(TINY)), (2, "0.25", str(save / "round1/recovered"))):
+    for number, size, source in ((1, "1209680", str(TINY)), (2, "604840", str(save / "round1/recovered"))):
         shapes, prune = of[f"round {number}: shapes"].command, of[f"round {number}: prune"]
         assert "--candidates" in shapes and "--rotate-hidden" in shapes and source in shapes
         for command in (shapes, prune.command):
-            assert command[command.index("--target-ratio") + 1] == ratio
+            # Of the first parent, whatever the round begins with.
+            assert command[command.index("--target-params") + 1] == size
         assert "best" in prune.command and prune.settings["LOAD_PATH"] == source
         recover = of[f"round {number}: recover"]
         assert (recover.settings["TRAIN_ITERS"], recover.tokens) == ("500", 1_000_000)

@@ -342,22 +342,24 @@ def targets_of_rounds(args: argparse.Namespace, parent: Checkpoint, rounds: int)
         for text in args.target.split(","):
             flag, whole, size = _read_target(text, parent)
             between = whole ** (1 - share) * size**share
-            last = number == rounds
-            if flag == "--target-memory":
-                flags += [flag, text if last else f"{between / 1e3:.0f}kB"]
-            else:
-                flags += [flag, text if last else f"{between:.6g}" if flag == "--target-ratio" else f"{between:.0f}"]
+            if number == rounds and (rounds == 1 or flag != "--target-ratio"):
+                flags += [flag, text]
+            elif flag == "--target-memory":
+                flags += [flag, f"{between / 1e3:.0f}kB"]
+            else:  # a ratio is one to the model that a round begins with, and not to the first
+                flags += ["--target-params", f"{between:.0f}"]
         yield flags
 
 
 def _read_target(text: str, parent: Checkpoint) -> tuple[str, float, float]:
-    """Return the flag that a target is for, the parent's size in its units, and the wanted one."""
+    """Return the flag that a target is for, the parent's size, and the wanted one: bytes, or parameters."""
+    parameters = parent.config.parameters
     if text.rstrip()[-2:].upper() in ("KB", "MB", "GB", "TB", "IB"):
-        return "--target-memory", parent.config.parameters * BYTES[parent.dtype], parse_bytes(text)
+        return "--target-memory", parameters * BYTES[parent.dtype], parse_bytes(text)
     size = parse_count(text)
     if size < 1:
-        return "--target-ratio", 1.0, size
-    return "--target-params", parent.config.parameters, size
+        return "--target-ratio", parameters, size * parameters
+    return "--target-params", parameters, size
 
 
 def expected_parameters(args: argparse.Namespace, parent: Checkpoint, share: float) -> float:
