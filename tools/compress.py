@@ -107,11 +107,12 @@ class Step:
 
 
 class Done(msgspec.Struct):
-    """A step that was done: what was run, for how long, and when it ended, in seconds since 1970."""
+    """A step that was done: what was run, for how long, when it ended, in seconds since 1970, and tokens trained on."""
 
     command: str
     seconds: float
     ended: float
+    tokens: int = 0
 
 
 class State(msgspec.Struct):
@@ -156,7 +157,7 @@ def perform_all(steps: Sequence[Step], file: Path, job: Mapping[str, str]) -> No
         print(f"\n== {number}/{len(steps)} {step.name}\n{step}", flush=True)
         begin = time.time()
         perform(step)
-        state.done[step.name] = Done(f"{step}", round(time.time() - begin, 1), round(time.time(), 1))
+        state.done[step.name] = Done(f"{step}", round(time.time() - begin, 1), round(time.time(), 1), step.tokens)
         write_state(file, state)
 
 

@@ -34,7 +34,7 @@ from megatron.pruning.plan.reconstructed import REPORT_FILE, Report
 from megatron.pruning.storage.manifest import MANIFEST
 from megatron.pruning.storage.small_files import parse_as, parse_json, read_small, replace_durably
 from tools.compress import STATE_FILE, State
-from tools.plot_loss import Label, plot, read_run, write_beside
+from tools.plot_loss import Curves, Label, plot, read_run, write_beside
 
 _VERSIONS = ("torch", "megatron-core", "transformers", "transformer-engine", "numpy")
 
@@ -220,21 +220,29 @@ def recovery(run: Run) -> Iterator[Block]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
-    labels = []
-    for name, directory in curves:
-        labels += plot(axes, name, read_run(directory, False, "lm loss"), 1, 10)
+    labels, before = [], 0
+    # All rounds have steps of as many tokens; where that is not known, it is the steps that are counted.
+    tokens = sum(done.tokens for name, done in run.state.done.items() if name.endswith("recover"))
+    read = [(name, read_run(directory, False, "lm loss")) for name, directory in curves]
+    unit = tokens // sum(max(found.training) for _, found in read) or 1
+    for name, found in read:
+        later = [{step + before: loss for step, loss in of.items()} for of in (found.training, found.validation)]
+        labels += plot(axes, name, Curves(*later), unit, 10)
+        before += max(found.training)
     losses = run.read("losses.json")
     if losses:
         axes.axhline(losses[0]["loss"], linestyle="--", linewidth=1, color="0.4")
         labels.append(Label(losses[0]["loss"], f"parent: {losses[0]['loss']:.3f}", "0.3"))
-    axes.set(xlabel="step of the round", ylabel="loss (nats a token)")
+    axes.set(xlabel="tokens" if unit > 1 else "step", ylabel="loss (nats a token)")
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     write_beside(axes, labels)
     yield Block(heading="Recovery")
-    yield Block(picture=png_of(figure), shows="Loss of the training and of the validation, by steps.")
+    yield Block(picture=png_of(figure), shows="Loss of the training and of the validation.")
 
 
 def samples(run: Run) -> Iterator[Block]:
