@@ -143,20 +143,23 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"another run is at work in {args.save}: wait for it, or name another --save") from None
     job = {"parent": fingerprint(parent), "flags": shlex.join(without(words, ("--skip", "--save")))}
     try:
-        perform_all(steps, args.save / STATE_FILE, job)
+        perform_all(steps, args.save / STATE_FILE, job, held)
     finally:
         os.close(held)
 
 
-def perform_all(steps: Sequence[Step], file: Path, job: Mapping[str, str]) -> None:
-    """Do the steps that are not done, and write down each that is. Raises ValueError where one fails."""
+def perform_all(steps: Sequence[Step], file: Path, job: Mapping[str, str], held: int) -> None:
+    """Do the steps that are not done, and write down each that is. Raises ValueError where one fails.
+
+    `held` is the lock of the folder.
+    """
     state = read_state(file, job)
     for number, step in enumerate(steps, start=1):
         if step.name in state.done:
             continue
         print(f"\n== {number}/{len(steps)} {step.name}\n{step}", flush=True)
         begin = time.time()
-        perform(step)
+        perform(step, held)
         state.done[step.name] = Done(f"{step}", round(time.time() - begin, 1), round(time.time(), 1), step.tokens)
         write_state(file, state)
 
@@ -181,10 +184,13 @@ def read_state(file: Path, job: Mapping[str, str]) -> State:
     return state
 
 
-def perform(step: Step) -> None:
-    """Run a step. Raises ValueError where it fails; it has said why."""
+def perform(step: Step, held: int) -> None:
+    """Run a step, which holds the lock of the folder, too: it may outlive this process, and no other is to begin then.
+
+    Raises ValueError where it fails; it has said why.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in _OURS} | dict(step.settings)
-    done = subprocess.run(step.command, env=environment)
+    done = subprocess.run(step.command, env=environment, pass_fds=[held])
     if done.returncode:
         raise ValueError(f"{step.name} failed, as said above; once that is mended, the same command goes on with it")
 
@@ -239,11 +245,9 @@ def plan(args: argparse.Namespace, further: Sequence[str], parent: Checkpoint) -
             )  # fmt: skip
         if "prune" not in skipped:
             shape = BEST if args.candidates and "shapes" not in skipped else "1"
-            size = parameters * BYTES[parent.dtype]
-            script = ["bash", f"{_ROOT / 'scripts/prune_llama.sh'}"]
-            yield Step(
-                f"round {number}: prune", [*script, "--shape", shape, "--reconstruct", *words], settings, bytes=size
-            )
+            script = ["bash", f"{_ROOT / 'scripts/prune_llama.sh'}", "--shape", shape, "--reconstruct", "--overwrite"]
+            written = parameters * BYTES[parent.dtype]
+            yield Step(f"round {number}: prune", [*script, *words], settings, bytes=written)
             source = pruned
             models.append(source)
         if "recover" not in skipped:
