@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -117,6 +119,15 @@ def test_ended_anywhere_it_goes_on_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert not part, "all is done"
     with pytest.raises(ValueError, match=r"is of another job, whose flags are .*, not .*: name another --save"):
         compress.main([*words, "--teacher=parent"])
+
+
+@pytest.mark.parametrize("words", [["report.py", "."], ["compress.py", "--load=absent", "--save=y", *FLAGS[2:]]])
+def test_a_tool_that_is_called_directly_finds_the_others(tmp_path: Path, words: list[str]) -> None:
+    name, *others = words
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, ROOT / "tools" / name, *others], cwd=tmp_path, env=alone, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 1 and re.fullmatch(r"error: .*(no compress.json|no such directory).*\n", done.stderr)
 
 
 def test_a_step_that_outlives_the_run_keeps_others_out(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import msgspec
 
-import prune_llama
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive, without
 from megatron.pruning.formats import open_checkpoint
@@ -37,7 +36,10 @@ from megatron.pruning.plan.shapes import parse_bytes, parse_count
 from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.output import hold_directory
 from megatron.pruning.storage.small_files import parse_as, read_small, replace_durably
-from tools.candidates import check_texts
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # python tools/... finds what lies beside this folder
+import prune_llama  # noqa: E402
+from tools.candidates import check_texts  # noqa: E402
 
 STATE_FILE = "compress.json"
 STEPS = ("shapes", "prune", "recover", "evaluate", "export", "generate", "report")

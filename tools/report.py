@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,10 @@ from megatron.pruning.plan.plan import MADE_BY, Plan
 from megatron.pruning.plan.reconstructed import REPORT_FILE, Report
 from megatron.pruning.storage.manifest import MANIFEST
 from megatron.pruning.storage.small_files import parse_as, parse_json, read_small, replace_durably
-from tools.compress import STATE_FILE, State
-from tools.plot_loss import Curves, Label, plot, read_run, write_beside
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # python tools/... finds what lies beside this folder
+from tools.compress import STATE_FILE, State  # noqa: E402
+from tools.plot_loss import Curves, Label, plot, read_run, write_beside  # noqa: E402
 
 _VERSIONS = ("torch", "megatron-core", "transformers", "transformer-engine", "numpy")
 
