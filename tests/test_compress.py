@@ -148,6 +148,7 @@ def test_a_step_that_outlives_the_run_keeps_others_out(tmp_path: Path) -> None:
     [
         (["--target=lots"], "'lots' is not a number such as 3.4B"),
         (["--tokens=1M,2M", "--rounds=3"], "--tokens 1M,2M names 2 amounts, but there are --rounds 3"),
+        (["--tokens=1999"], "--tokens 1999: a step of the training has 2,000, name as many at least"),
         (["--skip=cook"], "--skip cook: the steps are shapes, prune"),
         (["--valid-data-path=z"], "--valid-data-path z: there is neither z.bin and .idx nor a file"),
         (["--data-path", "0.5", "x", "0.5", "z"], "--data-path z: there is neither"),
@@ -160,9 +161,12 @@ def test_mistakes_are_said_before_any_step(tmp_path: Path, words: list[str], com
     assert not list(tmp_path.iterdir())
 
 
-def test_a_step_is_said_in_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SEQ_LENGTH", "many")
-    with pytest.raises(ValueError, match="SEQ_LENGTH is many: in the environment it says what a step"):
+@pytest.mark.parametrize("name,value", [("SEQ_LENGTH", "many"), ("GLOBAL_BATCH_SIZE", "0"), ("SAVE_INTERVAL", "0")])
+def test_settings_of_the_training_are_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name} is {value}: .* a whole number from 1 on"):
         compress.main([*FLAGS, "--save", str(tmp_path / "out")])
 
 

@@ -265,8 +265,10 @@ def recover(
 ) -> Step:
     """Return the step that trains on."""
     each = step_tokens()
-    steps = max(1, round(tokens / each))
-    saves = math.ceil(steps / int(os.environ.get("SAVE_INTERVAL", 500)))
+    if tokens < each:
+        raise ValueError(f"--tokens {args.tokens}: a step of the training has {each:,}, name as many at least")
+    steps = round(tokens / each)
+    saves = math.ceil(steps / positive_setting("SAVE_INTERVAL", "500"))
     settings = {name: value for name in _TRAINING if (value := os.environ.get(name))} | {
         "LOAD_PATH": f"{source}",
         "SAVE_PATH": f"{save}",
@@ -332,14 +334,15 @@ def tokens_of_rounds(args: argparse.Namespace) -> list[int]:
 
 def step_tokens() -> int:
     """Return the tokens of a step of the training. Raises ValueError where the environment does not say it."""
-    each = 1
-    for name in ("SEQ_LENGTH", "GLOBAL_BATCH_SIZE"):
-        if not (said := os.environ.get(name, "")).isdecimal() or not int(said):
-            raise ValueError(
-                f"{name} is {said or 'not set'}: in the environment it says what a step of the training is"
-            )
-        each *= int(said)
-    return each
+    return positive_setting("SEQ_LENGTH") * positive_setting("GLOBAL_BATCH_SIZE")
+
+
+def positive_setting(name: str, default: str = "") -> int:
+    """Return a setting of the training. Raises ValueError where it is no whole number from 1 on."""
+    said = os.environ.get(name) or default
+    if not said.isdecimal() or not int(said):
+        raise ValueError(f"{name} is {said or 'not set'}: it says how the training goes, a whole number from 1 on")
+    return int(said)
 
 
 def targets_of_rounds(args: argparse.Namespace, parent: Checkpoint, rounds: int) -> Iterator[list[str]]:
