@@ -11,6 +11,7 @@ variables of the environment. The last client's leaving ends it.
 """
 
 import argparse
+import contextlib
 import gc
 import importlib
 import json
@@ -127,9 +128,19 @@ def be_rank(log: Path, program: str, words: list[str], settings: dict[str, str])
     os._exit(status)
 
 
+def hear(client: socket.socket) -> bytes:
+    """Return what a client says, nothing once it has left, be it killed before it read an answer."""
+    try:
+        return client.recv(1 << 16)
+    except ConnectionResetError:
+        return b""
+
+
 def serve(door: socket.socket) -> None:
     """Run the cases of all clients in the order in which they came, `AT_ONCE` of them together."""
     clients, waiting, running = {door.accept()[0]: b""}, list[tuple[socket.socket, dict[str, Any]]](), {}
+    # A client is to see that this process has ended, even where a child of it has not.
+    os.register_at_fork(after_in_child=lambda: [line.close() for line in (door, *clients)])
     while clients or running:
         ends = [end for case in running for end in case.children.values()]
         # A log is looked into again and again where a line of it has a case killed; a deadline has time.
@@ -139,7 +150,7 @@ def serve(door: socket.socket) -> None:
                 continue
             if ready is door:
                 clients[door.accept()[0]] = b""
-            elif said := ready.recv(1 << 16):
+            elif said := hear(ready):
                 *lines, clients[ready] = (clients[ready] + said).split(b"\n")
                 waiting += [(ready, json.loads(line)) for line in lines]
             else:  # who left wants no more of its cases
@@ -153,7 +164,8 @@ def serve(door: socket.socket) -> None:
         for case in [case for case in running if case.ended()]:
             client = running.pop(case)
             if client in clients:
-                client.sendall(f"{case.name} {case.status}\n".encode())
+                with contextlib.suppress(OSError):  # who has left since is seen above
+                    client.sendall(f"{case.name} {case.status}\n".encode())
 
 
 def read_sources_once() -> None:
