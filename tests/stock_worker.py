@@ -158,14 +158,15 @@ def serve(door: socket.socket) -> None:
                 waiting = [(client, case) for client, case in waiting if client is not ready]
                 for case in [case for case, client in running.items() if client is ready]:
                     case.deadline = 0.0
-        while waiting and len(running) < AT_ONCE:
-            client, case = waiting.pop(0)
-            running[Case(**case)] = client
         for case in [case for case in running if case.ended()]:
             client = running.pop(case)
             if client in clients:
                 with contextlib.suppress(OSError):  # who has left since is seen above
                     client.sendall(f"{case.name} {case.status}\n".encode())
+        # After the ended have gone: there is no waiting above for cases of which none runs.
+        while waiting and len(running) < AT_ONCE:
+            client, case = waiting.pop(0)
+            running[Case(**case)] = client
 
 
 def read_sources_once() -> None:
