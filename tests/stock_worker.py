@@ -116,6 +116,7 @@ def be_rank(log: Path, program: str, words: list[str], settings: dict[str, str])
     os.chdir(log.parent)
     said = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(said, 1), os.dup2(said, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)  # not that of wandb, which has its own look at every line
     status: Any = 99
     try:
         entry.run(importlib.import_module(program).main)
@@ -192,12 +193,16 @@ if __name__ == "__main__":
     ours = "megatron.pruning.training"
     for module in ("pretrain_gpt", "score_importance", f"{ours}.record_scores", f"{ours}.reconstruct_checkpoint"):
         importlib.import_module(module)
-    for module in ("megatron.core.tokenizers.text", "matplotlib.pyplot"):
+    for module in ("tokenizers.text", "models.mimo", "datasets.helpers"):
+        importlib.import_module(f"megatron.core.{module}")
+    for module in ("torch.utils.serialization.config", "matplotlib.pyplot"):
         importlib.import_module(module)
     read_sources_once()
     # The tokens of a test, too, are to be more than are taken at once.
     importlib.import_module(f"{ours}.divergence")._FP32_VALUES = 1000
     importlib.import_module(f"{ours}.teacher_cache").FILE_BYTES = 4_000
+    # Nobody reads the arguments in TensorBoard's files, which takes longer than the training of three steps.
+    importlib.import_module("torch.utils.tensorboard").SummaryWriter.add_text = lambda *_, **__: None
     # A picture takes as long as the rest of such a model's pruning; test_figures.py has some drawn.
     importlib.import_module("prune_llama").plan_figure = lambda plan: b""
     importlib.import_module("megatron.pruning.cli.reconstruction").report_figure = lambda report: b""
