@@ -1,5 +1,6 @@
 """The checkpoints that many tests start from."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -18,6 +19,11 @@ pytest.register_assert_rewrite("helpers")
 
 from commands import ROOT  # noqa: E402, F401 - two are for tests that ask for them here
 from helpers import EACH_SHAPE, load_whole, make_llama  # noqa: E402, F401 - two are for tests that ask for them here
+
+
+def pytest_collection_finish() -> None:
+    """Have what is imported not be looked through again and again for garbage: it takes a twentieth of the time."""
+    gc.collect(), gc.freeze()
 
 
 @pytest.fixture(scope="session", params=EACH_SHAPE)
