@@ -116,7 +116,7 @@ def be_rank(log: Path, program: str, words: list[str], settings: dict[str, str])
     os.chdir(log.parent)
     said = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(said, 1), os.dup2(said, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)  # not that of wandb, which has its own look at every line
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)  # not that of wandb, which looks at every line
     status: Any = 99
     try:
         entry.run(importlib.import_module(program).main)
