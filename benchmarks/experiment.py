@@ -139,15 +139,16 @@ class Experiment:
             import torch
 
             from megatron.pruning.formats import open_checkpoint
-            from megatron.pruning.training.evaluation import loss
-            from megatron.pruning.training.hf_model import build
+            from megatron.pruning.storage.processes import World
+            from megatron.pruning.training.evaluation import Evaluation
             from megatron.pruning.training.tokens import windows
 
             torch.set_num_threads(1)
             opened = open_checkpoint(checkpoint, iteration)
             data = windows(self.text() / VALIDATION, self.sequence, EVALUATED // self.sequence, opened)
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            value = loss(build(opened, "fp32", device), data, 8, name)
+            reader = Evaluation(World(), layered=False, dtype="fp32", device=device, batch=8)
+            value = reader.loss(opened, reader.model(opened), data)
             self.keep(name, {"loss": value})
         return self.results[name]["loss"]
 

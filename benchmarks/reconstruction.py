@@ -114,15 +114,16 @@ class Bench:
     def measure(self, path: Path) -> dict[str, float]:
         """Return a model's parameters and its perplexity on each text."""
         from megatron.pruning.formats import open_checkpoint
-        from megatron.pruning.training.evaluation import loss
-        from megatron.pruning.training.hf_model import build
+        from megatron.pruning.storage.processes import World
+        from megatron.pruning.training.evaluation import Evaluation
         from megatron.pruning.training.tokens import windows
 
         opened = open_checkpoint(path)
-        model, found = build(opened, "fp32", "cpu"), {"parameters": opened.config.parameters}
+        reader, found = Evaluation(World(), False, "fp32", "cpu", 4), {"parameters": opened.config.parameters}
+        model = reader.model(opened)
         for name, (_, valid) in self.texts.items():
             data = windows(valid, LENGTH, EVALUATED, opened, spread=True)
-            found[name] = round(math.exp(loss(model, data, 4, name)), 2)
+            found[name] = round(math.exp(reader.loss(opened, model, data)), 2)
         return found
 
     def keep(self, name: str, result: dict[str, float]) -> None:

@@ -4,15 +4,19 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
 import numpy as np
+import psutil
 import pytest
 from commands import ROOT
 from helpers import convert, hf_loss, make_llama, write_documents
+from stock_loop import StockLoop
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.training import evaluation
 
 TINY = ROOT / "assets/tiny-llama"
 TASK = """
@@ -45,12 +49,56 @@ def test_table_compares_checkpoints_on_text(tmp_path: Path, capsys: pytest.Captu
         assert line.split() == [str(path), parameters, f"{loss:.4f}", f"{math.exp(loss):.2f}"]
 
 
+@pytest.mark.slow
+def test_layer_by_layer_and_in_several_processes_the_losses_are_the_same(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 101, 81)
+    windows = [tokens[at : at + 17] for at in range(0, 80, 16)]  # of which two processes get no equal shares
+    write_documents(tmp_path / "data", tokens)
+    models = [make_llama(tmp_path / shape, shape, layers=3) for shape in ("mha", "tied", "qwen2", "qwen3", "llama3")]
+    words = [f"--data={tmp_path / 'data'}", "--sequence-length=16", "--batch-size=2", "--dtype=fp32"]
+    words += [f"--load={model}" for model in models]
+    layered = [*words, "--layer-by-layer"]
+    cases = {"whole": (words, 1), "shared": (words, 2), "layered": (layered, 1), "layered-shared": (layered, 2)}
+    runs = [
+        {"name": name, "program": "evaluate", "words": [*these, f"--json={tmp_path / name}.json"], "ranks": ranks}
+        for name, (these, ranks) in cases.items()
+    ]
+    logs = {name: run.ok().log for name, run in StockLoop(tmp_path).run_all(runs).items()}
+    losses = {name: [one["loss"] for one in json.loads((tmp_path / f"{name}.json").read_text())] for name in cases}
+    wanted = [np.mean([hf_loss(model, window) for window in windows]) for model in models]
+    assert losses["whole"] == pytest.approx(wanted, abs=1e-5)
+    for name in ("shared", "layered", "layered-shared"):
+        assert losses[name] == pytest.approx(losses["whole"], abs=2e-6)
+    for log in logs.values():  # one process speaks
+        assert log.count("perplexity") == 1 and log.count("tokens of") == 1
+
+
+def test_what_has_no_room_is_read_layer_by_layer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = evaluate.parser().parse_args(["--load", str(TINY), "--data", "x"])
+    started = []
+    monkeypatch.setattr(evaluation, "Evaluation", lambda world, layered, *how: started.append(layered))
+    checkpoint = open_checkpoint(TINY)
+    for free, layered in ((1e10, False), (8e6, True)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        evaluate.start(args, [checkpoint])
+        assert started.pop() is layered
+    takes = f"{TINY} takes {checkpoint.config.parameters * 4 / 1e9:.1f} GB in fp32, and 0.0 GB are free on cpu"
+    assert capsys.readouterr().err == f"note: {takes}: one layer is held at a time\n"
+    args.device = "cpu"  # who names a device knows it
+    evaluate.start(args, [checkpoint])
+    assert started == [False]
+
+
 def test_mistakes_end_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="give --data, --tasks or both"):
         evaluate.main(["--load", str(TINY)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--tasks needs lm-evaluation-harness, which is not installed"):
         evaluate.main(["--load", str(TINY), "--tasks", "arc_easy"])
+    with pytest.raises(ValueError, match=r"--layer-by-layer is for the loss on --data, .*: leave --device out"):
+        evaluate.main(["--load", str(TINY), "--data", "x", "--layer-by-layer", "--device", "cpu"])
 
 
 @pytest.mark.slow

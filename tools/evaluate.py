@@ -3,6 +3,7 @@
     python tools/evaluate.py --load assets/tiny-llama --load runs/pruned --load runs/recovered --data runs/data/valid
     python tools/evaluate.py --load INSTRUCT --load runs/recovered --data runs/data/chat_messages_document --chat
     python tools/evaluate.py --load runs/parent --load runs/recovered --tasks arc_easy,hellaswag  # pip install lm-eval
+    torchrun --nproc_per_node 8 tools/evaluate.py --load Llama-2-70b-hf --load 34b --data pile_valid_text_document
 
 The loss is the mean cross entropy in nats over all tokens of consecutive, full windows, computed by transformers'
 own model from the logical weights: no conversion is needed first. The training loop's own figures are a little
@@ -10,6 +11,8 @@ higher where its vocabulary is padded, since the padding takes part in its softm
 
 With --chat the loss is that of the assistant's tokens: each conversation is read alone, and what counts is what the
 mask beside --data says, or the chat template of a checkpoint with a .jsonl of messages.
+
+Processes of torchrun share the text. Where a model is larger than the memory, each holds one layer of it at a time.
 
 --tasks are those of lm-evaluation-harness, its own or those of --task-folder, with the same model and the tokenizer
 that lies beside the checkpoint.
@@ -19,9 +22,10 @@ import argparse
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.pruning.cli.entry import run
 from megatron.pruning.cli.flags import hyphenated, new_parser, positive
@@ -30,8 +34,12 @@ from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.plan.measured import EVALUATED
 from megatron.pruning.storage.dtypes import TORCH_NAMES
+from megatron.pruning.storage.processes import World, count, is_first
 from megatron.pruning.storage.small_files import replace_durably
 from megatron.pruning.training.tokens import Tokens, conversations, windows
+
+if TYPE_CHECKING:
+    from megatron.pruning.training.evaluation import Evaluation
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +89,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="device to compute on (default: a GPU when there is one)",
     )
+    parser.add_argument(
+        "--layer-by-layer",
+        action="store_true",
+        help="hold one layer at a time, and the hidden states in files; it is done where a model has no room otherwise",
+    )
     add_speech_flags(parser, into_file=True)
     return parser
 
@@ -107,6 +120,12 @@ def main(argv: Sequence[str]) -> None:
         answer(lambda: results)
 
 
+def say(text: str) -> None:
+    """Print, where this process is the one that speaks."""
+    if is_first():
+        print(text, flush=True)
+
+
 def read_text(args: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> tuple[Tokens, Any]:
     """Return the tokens that every checkpoint reads, and with --chat which of them count; say how many they are."""
     smallest = min(checkpoints, key=lambda checkpoint: checkpoint.config.vocab_size)
@@ -114,52 +133,79 @@ def read_text(args: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> tu
     if args.chat:
         data, counts, cut = conversations(args.data, length, args.max_tokens, smallest)
         longer = f", {cut:,} of them cut to {length} tokens" if cut else ""
-        print(f"{int(counts[:, 1:].sum()):,} tokens that count, of {len(data):,} conversations{longer}, of {args.data}")
+        say(f"{int(counts[:, 1:].sum()):,} tokens that count, of {len(data):,} conversations{longer}, of {args.data}")
         return data, counts
     if args.max_tokens < length:
         raise ValueError(f"--max-tokens {args.max_tokens} is less than a window of {length}")
     data = windows(args.data, length, args.max_tokens // length, smallest)
-    print(f"{len(data) * length:,} tokens of {args.data}")
+    say(f"{len(data) * length:,} tokens of {args.data}")
     return data, None
 
 
-def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Evaluate every checkpoint on the same tokens and tasks, print one table, and return what stands in it."""
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that ask for nothing, or for what cannot be."""
     if not args.data and not args.tasks:
         raise ValueError("give --data, --tasks or both: what the checkpoints are to be compared on")
     if args.chat and not args.data:
         raise ValueError("--chat is about --data: name the prefix of conversations, or a .jsonl file of messages")
     if args.tasks and not importlib.util.find_spec("lm_eval"):
         raise ValueError("--tasks needs lm-evaluation-harness, which is not installed: pip install lm-eval==0.4.13")
-    file = args.json if isinstance(args.json, Path) else None
-    if file and not file.parent.is_dir():
-        raise ValueError(f"--json {file}: there is no directory {file.parent}")
-    # They take seconds, and --help and the mistakes above need none of them.
-    from megatron.pruning.training.evaluation import device_named, loss, task_scores
-    from megatron.pruning.training.hf_model import build
+    if args.tasks and count() > 1:
+        raise ValueError("--tasks are for one process: start it without torchrun")
+    for flag, given in (("--tasks", args.tasks), ("--device", args.device)):
+        if args.layer_by_layer and given:
+            raise ValueError(f"--layer-by-layer is for the loss on --data, wherever a GPU is or none: leave {flag} out")
+    if isinstance(args.json, Path) and not args.json.parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no directory {args.json.parent}")
+
+
+def start(args: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> "Evaluation":
+    """Meet the other processes, and see whether models are read whole or one layer at a time: all of them alike."""
+    # It takes seconds, and --help and the mistakes before this need none of it.
+    from megatron.pruning.training.evaluation import Evaluation, device_named, too_large
 
     device = device_named(args.device)
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    world = World.from_environment()
+    why = ""
+    if not (args.layer_by_layer or args.device or args.tasks):
+        why = world.share(next(filter(None, (too_large(one, dtype, device) for one in checkpoints)), ""))
+    if why and world.rank == 0:
+        print(f"note: {why}: one layer is held at a time", file=sys.stderr)
+    return Evaluation(world, args.layer_by_layer or bool(why), dtype, device, args.batch_size)
+
+
+def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Evaluate every checkpoint on the same tokens and tasks, print one table, and return what stands in it."""
+    check(args)
     checkpoints = [open_checkpoint(path, fetch=True) for path in args.load]
-    data = counts = None
-    if args.data:
-        data, counts = read_text(args, checkpoints)
+    evaluation = start(args, checkpoints)
+    data, counts = read_text(args, checkpoints) if args.data else (None, None)
     results: list[dict[str, Any]] = []
     for checkpoint in checkpoints:
-        model = build(checkpoint, dtype, device)
         result: dict[str, Any] = {"path": str(checkpoint.path), "parameters": checkpoint.config.parameters}
+        model = evaluation.model(checkpoint)
         if data is not None:
-            result["loss"] = loss(model, data, args.batch_size, str(checkpoint.path), counts)
+            result["loss"] = evaluation.loss(checkpoint, model, data, counts)
             result["perplexity"] = math.exp(result["loss"])
         if args.tasks:
-            result |= task_scores(checkpoint, model, args.tasks, args.task_folder, args.batch_size, args.limit)
+            result |= task_scores(args, checkpoint, model)
+        del model  # before there is the next
         if not results:
-            print(row(result, args.load, heading=True))
-        print(row(result, args.load), flush=True)
+            say(row(result, args.load, heading=True))
+        say(row(result, args.load))
         results.append(result)
-    if file:
-        replace_durably(file, (json.dumps(results, indent=1) + "\n").encode())
+    if isinstance(args.json, Path) and is_first():
+        replace_durably(args.json, (json.dumps(results, indent=1) + "\n").encode())
+    evaluation.close()
     return results
+
+
+def task_scores(args: argparse.Namespace, checkpoint: Checkpoint, model: Any) -> dict[str, float]:
+    """Return what the tasks of the flags measure."""
+    from megatron.pruning.training.evaluation import task_scores
+
+    return task_scores(checkpoint, model, args.tasks, args.task_folder, args.batch_size, args.limit)
 
 
 def command() -> None:

@@ -1,17 +1,32 @@
 """What a model is worth: its loss on text, and what lm-evaluation-harness measures."""
 
-from collections.abc import Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from megatron.pruning.model.checkpoint import Checkpoint
+from megatron.pruning.model.layout import Layout
+from megatron.pruning.storage.dtypes import BYTES, TORCH_NAMES
+from megatron.pruning.storage.processes import World
 from megatron.pruning.storage.progress import Progress
-from megatron.pruning.training.hf_model import tokenizer_of
+from megatron.pruning.training import cpu_device
+from megatron.pruning.training.hf_model import build, tokenizer_of
+from megatron.pruning.training.quiet import quiet_imports
 from megatron.pruning.training.tokens import Tokens
+
+# Of a text, by number: tokens `[batch, length + 1]`, and which of the last `length` count.
+Portions = Mapping[int, tuple[Tensor, Tensor]]
+_SHARE_OF_WEIGHTS = 0.8  # of the free memory; the rest is for what is computed
 
 
 def device_named(name: str | None) -> str:
@@ -27,22 +42,113 @@ def device_named(name: str | None) -> str:
     return name
 
 
-@torch.no_grad()
-def loss(model: PreTrainedModel, data: Tokens, batch: int, name: str, counts: NDArray[np.uint8] | None = None) -> float:
-    """Return the mean cross entropy in nats over every token but the first of each window, `[windows, tokens]`.
+def too_large(checkpoint: Checkpoint, dtype: str, device: str) -> str | None:
+    """Return why a model has no room on a device of which each process here takes a copy of it; None where it has."""
+    if device == "cuda":
+        free, copies = torch.cuda.mem_get_info(_number_here())[0], 1
+    else:
+        free, copies = psutil.virtual_memory().available, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    takes = checkpoint.config.parameters * BYTES[dtype] * copies
+    if takes <= _SHARE_OF_WEIGHTS * free:
+        return None
+    times = f" {copies} times" if copies > 1 else ""
+    room = f"{free / 1e9:,.1f} GB are free on {device}"
+    return f"{checkpoint.path} takes {takes / 1e9:,.1f} GB in {dtype}{times}, and {room}"
 
-    With `counts`, of the same shape, it is that of the tokens where these are 1.
+
+def _number_here() -> int:
+    """Return which of its machine's GPUs this process has. Raises ValueError where there are fewer."""
+    number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= gpus:
+        raise ValueError(f"process {number} of this machine has no GPU of its own: start at most {gpus}")
+    return number
+
+
+class Evaluation:
+    """The loss of models on windows of text, of which every process of `world` reads its share.
+
+    A model is transformers' own, or, `layered`, Megatron's one layer at a time (layerwise.py). `dtype` is what is
+    computed in, `batch` how many windows are at once. Call `close` at the end.
     """
-    counts = np.ones(data.shape, dtype=np.uint8) if counts is None else counts
-    total = 0.0
-    progress = Progress(f"reading with {name}", len(data), show=True, unit="windows")
-    for part, counted in zip(*(torch.split(torch.from_numpy(t), batch) for t in (data, counts)), strict=True):
-        tokens, wanted = part.to(model.device), counted[:, 1:].to(model.device) > 0
-        logits = model(tokens[:, :-1]).logits[wanted].float()
-        total += float(torch.nn.functional.cross_entropy(logits, tokens[:, 1:][wanted], reduction="sum"))
-        progress.advance(len(part))
-    progress.close()
-    return total / int(counts[:, 1:].sum())
+
+    def __init__(self, world: World, layered: bool, dtype: str, device: str, batch: int) -> None:
+        self.world, self.layered, self.dtype, self.batch = world, layered, dtype, batch
+        number = _number_here() if device == "cuda" else None
+        if layered:
+            cpu_device.install()
+            with quiet_imports():
+                from megatron.pruning.training.stock_model import join
+            join(Layout(), world)
+            self.device = torch.device("cuda", torch.cuda.current_device())
+            return
+        if world.size > 1:
+            torch.distributed.init_process_group("gloo", **world.meeting_place())
+        self.device = torch.device(device, number) if number else torch.device(device)
+
+    def model(self, checkpoint: Checkpoint) -> PreTrainedModel | None:
+        """Return the whole model; None where no more than a layer of it is held."""
+        return None if self.layered else build(checkpoint, self.dtype, str(self.device))
+
+    @torch.no_grad()
+    def loss(
+        self,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel | None,
+        data: Tokens,
+        counts: NDArray[np.uint8] | None = None,
+    ) -> float:
+        """Return the mean cross entropy in nats over every token but the first of each window, `[windows, tokens]`.
+
+        With `counts`, of the same shape, it is that of the tokens where these are 1.
+        """
+        counts = np.ones(data.shape, dtype=np.uint8) if counts is None else counts
+        mine = (torch.from_numpy(of_all[self.world.rank :: self.world.size]) for of_all in (data, counts))
+        portions = {
+            number: (tokens.to(self.device), some[:, 1:].to(self.device) > 0)
+            for number, (tokens, some) in enumerate(zip(*(torch.split(t, self.batch) for t in mine), strict=True))
+            if len(tokens)
+        }
+        what = f"reading with {checkpoint.path}"
+        sums = self._layered_sums(checkpoint, portions, what) if model is None else self._sums(model, portions, what)
+        if self.world.size > 1:
+            torch.distributed.all_reduce(sums)
+        return float(sums[0] / sums[1])
+
+    def close(self) -> None:
+        """Part from the other processes."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        self.world.leave()
+
+    def _sums(self, model: PreTrainedModel, portions: Portions, what: str) -> Tensor:
+        windows = sum(len(tokens) for tokens, _ in portions.values())
+        progress = Progress(what, windows, self.world.rank == 0, unit="windows")
+        total = torch.zeros(2, dtype=torch.float64)
+        for tokens, counted in portions.values():
+            logits = model(tokens[:, :-1]).logits[counted].float()
+            total[0] += cross_entropy(logits, tokens[:, 1:][counted], reduction="sum").cpu()
+            total[1] += counted.sum().cpu()
+            progress.advance(len(tokens))
+        progress.close()
+        return total
+
+    def _layered_sums(self, checkpoint: Checkpoint, portions: Portions, what: str) -> Tensor:
+        from megatron.pruning.training.layerwise import States, loss_sums
+
+        need = sum(tokens.numel() for tokens, _ in portions.values()) * checkpoint.config.hidden_size * BYTES["fp32"]
+        on_gpu = not cpu_device.is_installed() and need < torch.cuda.mem_get_info(self.device)[0] / 2
+        with tempfile.TemporaryDirectory(prefix="hidden-states-") as folder:
+            free = shutil.disk_usage(folder).free
+            if not on_gpu and need > free:
+                raise ValueError(
+                    f"{folder} has {free / 1e9:.1f} GB free, but the hidden states of the text take "
+                    f"{need / 1e9:.1f} GB: take fewer --max-tokens, or a TMPDIR on a larger disk"
+                )
+            states = States(Path(folder), torch.float32, self.device, list(portions), on_gpu)
+            progress = Progress(what, checkpoint.config.num_layers, self.world.rank == 0, unit="layers")
+            sums = loss_sums(checkpoint, portions, states, getattr(torch, TORCH_NAMES[self.dtype]), progress)
+            progress.close()
+        return sums
 
 
 def task_scores(

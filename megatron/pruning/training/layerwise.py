@@ -1,12 +1,13 @@
 """A model one layer at a time: Megatron's own layer, whose weights are exchanged, and hidden states that lie in files.
 
-Whatever the size of the model, memory holds one layer of it and a few thousand tokens.
+Whatever the size of the model, memory holds one layer of it and a few thousand tokens. So a model is also evaluated
+that no device has room for: `loss_sums`.
 """
 
 import errno
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
+from torch.nn.functional import cross_entropy, rms_norm
 
 from megatron.pruning.formats.megatron import full_key
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.layout import Layout, fused_order
 from megatron.pruning.model.weights import TABLE, all_weights
-from megatron.pruning.storage.dtypes import TORCH_NAMES
+from megatron.pruning.storage.dtypes import BY_TORCH_NAME, TORCH_NAMES
+from megatron.pruning.storage.progress import Progress
 from megatron.pruning.storage.views import View, blocks, take
 from megatron.pruning.training.quiet import quiet_imports
 from megatron.pruning.training.stock_model import watched_model
@@ -53,8 +56,9 @@ class Layer:
     def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         alone = config.with_sizes({"layers": 1, "vocab": 1})
+        name = BY_TORCH_NAME.get(str(dtype), "fp32")  # float64 is none of a checkpoint's
         with quiet_imports():
-            built: GPTModel = GPTModelBuilder(watched_model(alone, Layout(vocab_divisor=1), "fp32")).build_model(
+            built: GPTModel = GPTModelBuilder(watched_model(alone, Layout(vocab_divisor=1), name)).build_model(
                 ProcessGroupCollection.use_mpu_process_groups()
             )
         self.model = built.requires_grad_(False).eval().to(device=device, dtype=dtype)
@@ -166,3 +170,36 @@ def embed(checkpoint: Checkpoint, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     ids, places = torch.unique(tokens.cpu(), return_inverse=True)
     rows = tensor_of(take(checkpoint.weight(ROW["embed"], None), 0, ids.numpy()), dtype, tokens.device)
     return rows[places.to(tokens.device)].transpose(0, 1).contiguous()
+
+
+def loss_sums(
+    checkpoint: Checkpoint,
+    portions: Mapping[int, tuple[Tensor, Tensor]],
+    states: States,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> Tensor:
+    """Return a model's summed loss in nats and over how many tokens that is, `[2]` in float64, computed in `dtype`.
+
+    `portions` of the text go through a layer at once: by the number under which `states` keeps theirs, tokens
+    `[batch, length + 1]` and which of the last `length` count, `[batch, length]`. `progress` counts layers.
+    """
+    config, device = checkpoint.config, states.device
+    layer = Layer(config, dtype, device)
+    for number, (tokens, _) in portions.items():
+        states.put("loss", number, embed(checkpoint, tokens[:, :-1], dtype))
+    for at in range(config.num_layers):
+        layer.load(layer_of(checkpoint, at, dtype, device))
+        for number in portions:
+            states.put("loss", number, layer(states.get("loss", number).to(dtype)))
+        progress.advance(1)
+    gain = tensor_of(checkpoint.weight(ROW["final_norm"], None), dtype, device)
+    head = tensor_of(checkpoint.weight(ROW["embed" if config.tied else "lm_head"], None), dtype, device)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for number, (tokens, counted) in portions.items():
+        normed = rms_norm(states.get("loss", number).to(dtype), (config.hidden_size,), gain, config.norm_epsilon)
+        for one, labels, counts in zip(normed.unbind(1), tokens[:, 1:], counted, strict=True):
+            total[0] += cross_entropy((one[counts] @ head.T).float(), labels[counts], reduction="sum")
+            total[1] += counts.sum()
+    states.drop("loss")
+    return total

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, rms_norm
+from torch.nn.functional import rms_norm
 
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.weights import READERS
@@ -23,7 +23,7 @@ from megatron.pruning.plan.pruned import Pruned
 from megatron.pruning.storage.progress import Progress
 from megatron.pruning.training.basis import Basis, rotation
 from megatron.pruning.training.calibration import Calibration, Stretch
-from megatron.pruning.training.layerwise import ROW, Layer, States, Weights, embed, layer_of, tensor_of
+from megatron.pruning.training.layerwise import ROW, Layer, States, Weights, embed, layer_of, loss_sums, tensor_of
 from megatron.pruning.training.least_squares import Fit, LeastSquares, Moments
 
 RIDGE = 0.01
@@ -298,25 +298,8 @@ class Reconstruction:
 
 def loss_of(checkpoint: Checkpoint, text: Text, states: States, progress: Progress) -> float:
     """Return a model's mean loss in nats on what is held out, one layer at a time; `progress` counts these."""
-    config, dtype, device = checkpoint.config, states.dtype, text.device
-    layer = Layer(config, dtype, device)
-    held_out = list(text.stretches(held_out=True))
-    for stretch in held_out:
-        states.put("loss", stretch.number, embed(checkpoint, text.tokens(stretch)[:, :-1], dtype))
-    for number in range(config.num_layers):
-        layer.load(layer_of(checkpoint, number, dtype, device))
-        for stretch in held_out:
-            states.put("loss", stretch.number, layer(states.get("loss", stretch.number)))
-        progress.advance(1)
-    gain = tensor_of(checkpoint.weight(ROW["final_norm"], None), dtype, device)
-    head = tensor_of(checkpoint.weight(ROW["embed" if config.tied else "lm_head"], None), dtype, device)
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for stretch in held_out:
-        normed = rms_norm(states.get("loss", stretch.number), (config.hidden_size,), gain, config.norm_epsilon)
-        for one, labels in zip(normed.unbind(1), text.tokens(stretch)[:, 1:], strict=True):
-            lost = cross_entropy((one @ head.T).float(), labels, reduction="sum")
-            total[0] += lost
-            total[1] += len(labels)
-    states.drop("loss")
+    tokens = {stretch.number: text.tokens(stretch) for stretch in text.stretches(held_out=True)}
+    portions = {number: (some, torch.ones_like(some[:, 1:], dtype=torch.bool)) for number, some in tokens.items()}
+    total = loss_sums(checkpoint, portions, states, states.dtype, progress)
     text.add_up(total)
     return float(total[0] / total[1])
