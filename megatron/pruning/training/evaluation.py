@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -47,6 +46,8 @@ def too_large(checkpoint: Checkpoint, dtype: str, device: str) -> str | None:
     if device == "cuda":
         free, copies = torch.cuda.mem_get_info(_number_here())[0], 1
     else:
+        import psutil  # torch is what is said to be missing where both are
+
         free, copies = psutil.virtual_memory().available, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     takes = checkpoint.config.parameters * BYTES[dtype] * copies
     if takes <= _SHARE_OF_WEIGHTS * free:
