@@ -201,6 +201,7 @@ if __name__ == "__main__":
     # The tokens of a test, too, are to be more than are taken at once.
     importlib.import_module(f"{ours}.divergence")._FP32_VALUES = 1000
     importlib.import_module(f"{ours}.teacher_cache").FILE_BYTES = 4_000
+    importlib.import_module(f"{ours}.record_layerwise").AT_ONCE = 2
     # Nobody reads the arguments in TensorBoard's files, which takes longer than the training of three steps.
     importlib.import_module("torch.utils.tensorboard").SummaryWriter.add_text = lambda *_, **__: None
     # A picture takes as long as the rest of such a model's pruning; test_figures.py has some drawn.

@@ -34,6 +34,8 @@ CASES = {
     "qwen2-tp4": ("qwen2", {}, (4, 1), 4),
     "qwen3-pp2": ("qwen3", {}, (1, 2), 2),
     "mha-tp2": ("mha", {}, (2, 1), 2),
+    "tied-layered": ("tied", {}, (1, 1), 1),
+    "qwen3-layered-dp2": ("qwen3", {"format": "torch", "tensor": 2}, (1, 1), 2),
 }
 
 
@@ -49,7 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             make_llama(top / shape, shape, layers=LAYERS, vocab=VOCABULARY)
         source = convert(top / shape, top / f"{name}-source", **on_disk) if on_disk else top / shape
         words = f"--load {source} --data {top / 'text'} --save {top / name}.scores --sequence-length {LENGTH} "
-        words += f"--sequences {SEQUENCES} --layer-loss {LOSSES} "
+        words += f"--sequences {SEQUENCES} "
+        words += "--layer-by-layer " if "layered" in name else f"--layer-loss {LOSSES} "
         words += f"--tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {pipeline}"
         cases.append({"name": name, "words": words.split(), "ranks": ranks, "program": "score_importance"})
     half = f"--load {top / 'gqa'} --data {top / 'text'} --save {top / 'bf16'}.scores --dtype bf16 "
@@ -141,10 +144,12 @@ def test_scores_are_those_of_the_definitions_in_every_layout(folder: Path, name:
     tokens = windows(folder / "text", LENGTH, SEQUENCES, open_checkpoint(model), spread=True)
     sums = reference(model, tokens)
     assert found.facts.loss == pytest.approx(float(sums.pop("loss")) / tokens[:, 1:].size, rel=1e-6)
+    if layered := "layered" in name:
+        sums["layer_losses"].zero_()
     for what, expected in sums.items():
         assert np.allclose(found.sums[what], expected, rtol=2e-5, atol=1e-9), what
     assert found.facts.parent == fingerprint(open_checkpoint(model))
-    assert found.tokens == LENGTH * SEQUENCES and found.facts.loss_sequences == LOSSES
+    assert found.tokens == LENGTH * SEQUENCES and found.facts.loss_sequences == (0 if layered else LOSSES)
 
 
 @pytest.mark.slow
@@ -324,6 +329,8 @@ def test_scores_that_cannot_be_trusted_are_refused(gqa: Path, tmp_path: Path) ->
 class FakeRecorder:
     """Sums that tell which sequences went in, and an interruption on the way."""
 
+    at_once = 1
+
     def __init__(self, stop_at: int | None) -> None:
         self.stop_at, self.seen = stop_at, 0.0
 
@@ -374,6 +381,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         ("--save {here}/gqa-tp1.scores --data {here}/text", "exists: add --overwrite"),
         ("--save {here}/s --data {here}/text --tensor-model-parallel-size 3", "does not divide"),
         ("--save {here}/s --data {here}/other.jsonl", "is not a file"),
+        ("--save {here}/s --data {here}/text --layer-by-layer --layer-loss 1", "that is not cut, and measures no"),
     ],
 )
 def test_mistakes_of_a_user_are_said_before_anything_is_built(

@@ -162,7 +162,8 @@ def check(args: argparse.Namespace) -> None:
 def start(args: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> "Evaluation":
     """Meet the other processes, and see whether models are read whole or one layer at a time: all of them alike."""
     # It takes seconds, and --help and the mistakes before this need none of it.
-    from megatron.pruning.training.evaluation import Evaluation, device_named, too_large
+    from megatron.pruning.training.evaluation import Evaluation, device_named
+    from megatron.pruning.training.room import too_large
 
     device = device_named(args.device)
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")

@@ -84,6 +84,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=tuple(TORCH_NAMES), help="dtype to compute in (default: bf16 on GPUs, else fp32)"
     )
+    parser.add_argument(
+        "--layer-by-layer",
+        action="store_true",
+        help="hold one layer in each process; it is done where a model that is not cut has no room otherwise",
+    )
     add_speech_flags(parser)
     return parser
 
@@ -111,6 +116,12 @@ def record(args: argparse.Namespace) -> None:
         raise ValueError(f"--save {args.save} is a directory: name a file")
     if not args.save.parent.is_dir():
         raise ValueError(f"--save {args.save}: there is no directory {args.save.parent}")
+    if args.layer_by_layer and (
+        args.layer_loss or args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1
+    ):
+        raise ValueError(
+            "--layer-by-layer is for a model that is not cut, and measures no --layer-loss: leave these out"
+        )
     checkpoint = open_checkpoint(args.load, args.iteration, fetch=True)
     # As little padding of the vocabulary as can be: it would take part in the softmax, in each layout another.
     layout = Layout(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, vocab_divisor=1)
@@ -128,9 +139,9 @@ def record(args: argparse.Namespace) -> None:
         import torch
         from megatron.core import parallel_state
 
-        from megatron.pruning.training.record_scores import Recorder
+        from megatron.pruning.training.record_layerwise import recorder_for
         from megatron.pruning.training.scoring import nothing_yet, score
-        from megatron.pruning.training.stock_model import build, join
+        from megatron.pruning.training.stock_model import join
 
     join(layout)
     dtype = args.dtype or ("fp32" if cpu_device.is_installed() else "bf16")
@@ -138,7 +149,7 @@ def record(args: argparse.Namespace) -> None:
         empty = nothing_yet(checkpoint, text, args.layer_loss, dtype)
         if is_first():
             print(f"source: {checkpoint}\ntext: {len(text):,} sequences of {length} tokens of {args.data}", flush=True)
-        recorder = Recorder(build(checkpoint, layout, dtype), checkpoint.config, layout, length)
+        recorder = recorder_for(checkpoint, layout, dtype, length, args.layer_loss > 0, args.layer_by_layer)
         copies, copy = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         score(args.save, empty, recorder, text, copies, copy)
     finally:

@@ -118,18 +118,16 @@ class Reconstructor:
             print(f"text: {self._said_of_text()}; what is unfinished lies in {self.work}", flush=True)
 
     def scores(self) -> Scores:
-        """Score the parent on the text that is learned from, with a copy of it in each process."""
+        """Score the parent on the text that is learned from, with a copy of it, or a layer, in each process."""
         from megatron.pruning.training import cpu_device
-        from megatron.pruning.training.record_scores import Recorder
+        from megatron.pruning.training.record_layerwise import recorder_for
         from megatron.pruning.training.scoring import nothing_yet, score
-        from megatron.pruning.training.stock_model import build
 
         file, text = self.work / "scores", self.calibration.tokens[~self.calibration.held_out]
-        layout = Layout(vocab_divisor=1)
         dtype = "fp32" if cpu_device.is_installed() else "bf16"
         wanted = nothing_yet(self.parent, text, 0, dtype)
         if self.world.share("there" if _is_of(file, wanted) else "missing") == "missing":
-            recorder = Recorder(build(self.parent, layout, dtype), self.parent.config, layout, text.shape[1] - 1)
+            recorder = recorder_for(self.parent, Layout(vocab_divisor=1), dtype, text.shape[1] - 1)
             score(file, wanted, recorder, text, self.world.size, self.world.rank)
         self.world.barrier()
         return read(file)

@@ -12,7 +12,8 @@ class Progress:
 
     def __init__(self, what: str, total: int, show: bool, unit: str = "B", before: int = 0) -> None:
         """`before` of the `total` units were done by an earlier run."""
-        self.what, self.total, self.done, self.unit, self.before = what, total, before, unit, before
+        self.what, self.total, self.unit, self.before = what, total, unit, before
+        self.done: float = before
         self.show = show and not self.quiet
         self.start = self.last_line = time.monotonic()
         self.bar = None
@@ -22,7 +23,7 @@ class Progress:
 
             self.bar = tqdm(total=total, desc=what, unit=unit, initial=before, unit_scale=True, leave=False)
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: float) -> None:
         """Count `count` more units, bytes unless told otherwise, as done."""
         with self.lock:
             self.done += count

@@ -1,6 +1,5 @@
 """What a model is worth: its loss on text, and what lm-evaluation-harness measures."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,11 @@ from megatron.pruning.storage.progress import Progress
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.hf_model import build, tokenizer_of
 from megatron.pruning.training.quiet import quiet_imports
+from megatron.pruning.training.room import number_here
 from megatron.pruning.training.tokens import Tokens
 
 # Of a text, by number: tokens `[batch, length + 1]`, and which of the last `length` count.
 Portions = Mapping[int, tuple[Tensor, Tensor]]
-_SHARE_OF_WEIGHTS = 0.8  # of the free memory; the rest is for what is computed
 
 
 def device_named(name: str | None) -> str:
@@ -41,30 +40,6 @@ def device_named(name: str | None) -> str:
     return name
 
 
-def too_large(checkpoint: Checkpoint, dtype: str, device: str) -> str | None:
-    """Return why a model has no room on a device of which each process here takes a copy of it; None where it has."""
-    if device == "cuda":
-        free, copies = torch.cuda.mem_get_info(_number_here())[0], 1
-    else:
-        import psutil  # torch is what is said to be missing where both are
-
-        free, copies = psutil.virtual_memory().available, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    takes = checkpoint.config.parameters * BYTES[dtype] * copies
-    if takes <= _SHARE_OF_WEIGHTS * free:
-        return None
-    times = f" {copies} times" if copies > 1 else ""
-    room = f"{free / 1e9:,.1f} GB are free on {device}"
-    return f"{checkpoint.path} takes {takes / 1e9:,.1f} GB in {dtype}{times}, and {room}"
-
-
-def _number_here() -> int:
-    """Return which of its machine's GPUs this process has. Raises ValueError where there are fewer."""
-    number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= gpus:
-        raise ValueError(f"process {number} of this machine has no GPU of its own: start at most {gpus}")
-    return number
-
-
 class Evaluation:
     """The loss of models on windows of text, of which every process of `world` reads its share.
 
@@ -74,7 +49,7 @@ class Evaluation:
 
     def __init__(self, world: World, layered: bool, dtype: str, device: str, batch: int) -> None:
         self.world, self.layered, self.dtype, self.batch = world, layered, dtype, batch
-        number = _number_here() if device == "cuda" else None
+        number = number_here() if device == "cuda" else None
         if layered:
             cpu_device.install()
             with quiet_imports():

@@ -27,7 +27,10 @@ class Recorder:
     """The sums of one rank, fed by hooks on its stage of the model.
 
     `model` is this rank's stage, in eval mode, `config` that of the whole model, `length` the tokens of a sequence.
+    `done` is told how many sequences have been read since it was told last.
     """
+
+    at_once = 1  # sequences that are read together
 
     def __init__(self, model: GPTModel, config: LlamaConfig, layout: Layout, length: int) -> None:
         self.model, self.config, self.layout, self.length = model, config, layout, length
@@ -40,6 +43,8 @@ class Recorder:
         self.states: list[torch.Tensor] = []  # unit vectors, [positions, hidden] each, of the sequence at hand
         self.skipped: int | None = None  # the global layer that is left out of the pass at hand
         self.watching = False
+        self.row = 0  # of the layer that stands first among the layers of `model`
+        self.done: Callable[[float], None] = lambda sequences: None
         self._input: torch.Tensor  # of the layer at hand
         self._clear()
         self._watch()
@@ -66,7 +71,8 @@ class Recorder:
             layer.self_attention.linear_proj.register_forward_pre_hook(self._linear_input("heads", i))
             layer.mlp.linear_fc2.register_forward_pre_hook(self._linear_input("ffn", i))
         if self.last:
-            self.model.decoder.final_layernorm.register_forward_hook(self._norm(2 * len(self.layers), final=True))
+            last = 2 * len(self.model.decoder.layers)
+            self.model.decoder.final_layernorm.register_forward_hook(self._norm(last, final=True))
 
     def _enter_layer(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._input = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -86,21 +92,22 @@ class Recorder:
     def _norm(self, row: int, final: bool = False) -> Callable[..., None]:
         def hook(norm: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
             if self.watching:
-                self.sums["norm_inputs"][row] += args[0][:, 0].float().square().sum(0)
+                at = row + 2 * self.row
+                self.sums["norm_inputs"][at] += args[0][:, 0].float().square().sum(0)
                 if final:
                     self._keep_state(args[0])
                 else:
-                    self.sums["norm_outputs"][row] += _squared_mean(output)
+                    self.sums["norm_outputs"][at] += _squared_mean(output)
 
         return hook
 
     def _linear_input(self, name: str, row: int) -> Callable[..., None]:
         def hook(linear: Any, args: tuple[torch.Tensor]) -> None:
             if self.watching:
-                units = self.sums[name].shape[1]
-                self.sums[name][row] += _squared_mean(args[0]).view(units, -1).sum(1)
+                units, at = self.sums[name].shape[1], row + self.row
+                self.sums[name][at] += _squared_mean(args[0]).view(units, -1).sum(1)
                 for axis in ("heads", "groups") if name == "heads" else (name,):
-                    self.sums[f"added_by_{axis}"][row] += _added(
+                    self.sums[f"added_by_{axis}"][at] += _added(
                         args[0], linear.weight, self.sums[f"added_by_{axis}"].shape[1]
                     )
 
@@ -127,6 +134,7 @@ class Recorder:
         self.skipped = None
         if layer_losses and self.last:
             self.sums["layer_losses"][-1] += loss
+        self.done(1)
 
     def _forward(self, window: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
         """Return the summed loss on the last stage, something of no meaning on the others."""

@@ -48,12 +48,13 @@ def score(save: Path, empty: Scores, recorder: "Recorder", text: Tokens, copies:
     so_far = resume(partial, empty) if is_first() else empty
     start = int(from_first(so_far.facts.sequences))
     progress = Progress("scoring", empty.facts.sequences_wanted, is_first(), unit="sequences", before=start)
-    began, every = time.monotonic(), 1  # rounds, one sequence for each copy, from one saving to the next
+    recorder.done = lambda read: progress.advance(min(read * copies, len(text) - progress.done))
+    # Rounds, one sequence for each copy, from one saving to the next.
+    began, every = time.monotonic(), recorder.at_once
     rounds = range(start, len(text), copies)
     for number, first in enumerate(rounds, start=1):
         if first + copy < len(text):
             recorder.sequence(text[first + copy], first + copy < empty.facts.loss_sequences)
-        progress.advance(min(copies, len(text) - first))
         if number % every == 0 or first == rounds[-1]:
             sums = recorder.collect()
             problem: Exception | None = None
@@ -66,7 +67,7 @@ def score(save: Path, empty: Scores, recorder: "Recorder", text: Tokens, copies:
             pace = from_first(-1.0 if problem else SAVE_SECONDS * number / (time.monotonic() - began))
             if pace < 0:
                 raise problem or SystemExit(1)  # rank 0 says why
-            every = max(1, int(pace))
+            every = max(recorder.at_once, int(pace))
     progress.close()
     if is_first():
         partial.replace(save)
