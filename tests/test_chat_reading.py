@@ -12,6 +12,7 @@ import pytest
 import torch
 from chats import CHATS, instruct, said, write_records
 from helpers import convert, hf_logits
+from stock_loop import StockLoop
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.training.calibration import calibration
@@ -54,6 +55,14 @@ def loss_alone(folder: Path, longest: int) -> float:
         wanted = torch.from_numpy(counts)[1 : longest + 1] > 0
         total, count = total + float(losses[wanted].double().sum()), count + int(wanted.sum())
     return total / count
+
+
+def test_a_layer_at_a_time_what_counts_is_the_same(folder: Path) -> None:
+    words = ["--chat", "--layer-by-layer", "--dtype=fp32", f"--data={folder / 'chat.jsonl.gz'}", "--batch-size=3"]
+    words += [f"--load={folder / 'model'}", f"--json={folder / 'layered.json'}"]
+    StockLoop(folder).run_all([{"name": "l", "program": "evaluate", "words": words, "ranks": 2}])["l"].ok()
+    (result,) = json.loads((folder / "layered.json").read_text())
+    assert result["loss"] == pytest.approx(loss_alone(folder, 512), abs=1e-5)
 
 
 @pytest.mark.parametrize("data", ["p_messages_document", "chat.jsonl.gz"])
