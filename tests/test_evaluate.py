@@ -4,11 +4,9 @@ import importlib.util
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import evaluate
 import numpy as np
-import psutil
 import pytest
 from commands import ROOT
 from helpers import convert, hf_loss, make_llama, write_documents
@@ -16,7 +14,6 @@ from stock_loop import StockLoop
 
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.training import evaluation
 
 TINY = ROOT / "assets/tiny-llama"
 TASK = """
@@ -73,24 +70,6 @@ def test_layer_by_layer_and_in_several_processes_the_losses_are_the_same(tmp_pat
         assert log.count("perplexity") == 1 and log.count("tokens of") == 1
 
 
-def test_what_has_no_room_is_read_layer_by_layer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = evaluate.parser().parse_args(["--load", str(TINY), "--data", "x"])
-    started = []
-    monkeypatch.setattr(evaluation, "Evaluation", lambda world, layered, *how: started.append(layered))
-    checkpoint = open_checkpoint(TINY)
-    for free, layered in ((1e10, False), (8e6, True)):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        evaluate.start(args, [checkpoint])
-        assert started.pop() is layered
-    takes = f"{TINY} takes {checkpoint.config.parameters * 4 / 1e9:.1f} GB in fp32, and 0.0 GB are free on cpu"
-    assert capsys.readouterr().err == f"note: {takes}: one layer is held at a time\n"
-    args.device = "cpu"  # who names a device knows it
-    evaluate.start(args, [checkpoint])
-    assert started == [False]
-
-
 def test_mistakes_end_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="give --data, --tasks or both"):
         evaluate.main(["--load", str(TINY)])
@@ -99,6 +78,9 @@ def test_mistakes_end_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate.main(["--load", str(TINY), "--tasks", "arc_easy"])
     with pytest.raises(ValueError, match=r"--layer-by-layer is for the loss on --data, .*: leave --device out"):
         evaluate.main(["--load", str(TINY), "--data", "x", "--layer-by-layer", "--device", "cpu"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device cuda:1 is one device for 2 processes"):
+        evaluate.main(["--load", str(TINY), "--data", "x", "--device", "cuda:1"])
 
 
 @pytest.mark.slow

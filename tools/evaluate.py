@@ -6,13 +6,14 @@
     torchrun --nproc_per_node 8 tools/evaluate.py --load Llama-2-70b-hf --load 34b --data pile_valid_text_document
 
 The loss is the mean cross entropy in nats over all tokens of consecutive, full windows, computed by transformers'
-own model from the logical weights: no conversion is needed first. The training loop's own figures are a little
-higher where its vocabulary is padded, since the padding takes part in its softmax.
+own model, or Megatron's layers one at a time, from the logical weights: no conversion is needed first. The training
+loop's own figures are a little higher where its vocabulary is padded, since the padding takes part in its softmax.
 
 With --chat the loss is that of the assistant's tokens: each conversation is read alone, and what counts is what the
 mask beside --data says, or the chat template of a checkpoint with a .jsonl of messages.
 
-Processes of torchrun share the text. Where a model is larger than the memory, each holds one layer of it at a time.
+Processes of torchrun share the text. Where a model is larger than the memory, they hold one layer at a time of all that
+are compared: in bf16 the two ways differ in the third digit.
 
 --tasks are those of lm-evaluation-harness, its own or those of --task-folder, with the same model and the tokenizer
 that lies beside the checkpoint.
@@ -92,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layer-by-layer",
         action="store_true",
-        help="hold one layer at a time, and the hidden states in files; it is done where a model has no room otherwise",
+        help="hold one layer of a model at a time; it is done with all of them where one has no room otherwise",
     )
     add_speech_flags(parser, into_file=True)
     return parser
@@ -152,6 +153,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--tasks needs lm-evaluation-harness, which is not installed: pip install lm-eval==0.4.13")
     if args.tasks and count() > 1:
         raise ValueError("--tasks are for one process: start it without torchrun")
+    if count() > 1 and ":" in (args.device or ""):
+        raise ValueError(
+            f"--device {args.device} is one device for {count()} processes: leave it out, each has its own"
+        )
     for flag, given in (("--tasks", args.tasks), ("--device", args.device)):
         if args.layer_by_layer and given:
             raise ValueError(f"--layer-by-layer is for the loss on --data, wherever a GPU is or none: leave {flag} out")
@@ -161,7 +166,6 @@ def check(args: argparse.Namespace) -> None:
 
 def start(args: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> "Evaluation":
     """Meet the other processes, and see whether models are read whole or one layer at a time: all of them alike."""
-    # It takes seconds, and --help and the mistakes before this need none of it.
     from megatron.pruning.training.evaluation import Evaluation, device_named
     from megatron.pruning.training.room import too_large
 
@@ -169,10 +173,12 @@ def start(args: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> "Evalu
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     world = World.from_environment()
     why = ""
-    if not (args.layer_by_layer or args.device or args.tasks):
+    if not args.layer_by_layer and device in ("cuda", "cpu"):
         why = world.share(next(filter(None, (too_large(one, dtype, device) for one in checkpoints)), ""))
+    if why and args.tasks:
+        raise ValueError(f"{why}: --tasks take the whole model; without them one layer is held at a time")
     if why and world.rank == 0:
-        print(f"note: {why}: one layer is held at a time", file=sys.stderr)
+        print(f"note: {why}: of every model one layer is held at a time", file=sys.stderr)
     return Evaluation(world, args.layer_by_layer or bool(why), dtype, device, args.batch_size)
 
 
@@ -180,8 +186,11 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Evaluate every checkpoint on the same tokens and tasks, print one table, and return what stands in it."""
     check(args)
     checkpoints = [open_checkpoint(path, fetch=True) for path in args.load]
-    evaluation = start(args, checkpoints)
+    # It takes seconds, and --help and the mistakes before this need none of it.
+    from megatron.pruning.training.evaluation import task_scores
+
     data, counts = read_text(args, checkpoints) if args.data else (None, None)
+    evaluation = start(args, checkpoints)
     results: list[dict[str, Any]] = []
     for checkpoint in checkpoints:
         result: dict[str, Any] = {"path": str(checkpoint.path), "parameters": checkpoint.config.parameters}
@@ -190,7 +199,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             result["loss"] = evaluation.loss(checkpoint, model, data, counts)
             result["perplexity"] = math.exp(result["loss"])
         if args.tasks:
-            result |= task_scores(args, checkpoint, model)
+            result |= task_scores(checkpoint, model, args.tasks, args.task_folder, args.batch_size, args.limit)
         del model  # before there is the next
         if not results:
             say(row(result, args.load, heading=True))
@@ -200,13 +209,6 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
         replace_durably(args.json, (json.dumps(results, indent=1) + "\n").encode())
     evaluation.close()
     return results
-
-
-def task_scores(args: argparse.Namespace, checkpoint: Checkpoint, model: Any) -> dict[str, float]:
-    """Return what the tasks of the flags measure."""
-    from megatron.pruning.training.evaluation import task_scores
-
-    return task_scores(checkpoint, model, args.tasks, args.task_folder, args.batch_size, args.limit)
 
 
 def command() -> None:

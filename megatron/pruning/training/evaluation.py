@@ -20,7 +20,7 @@ from megatron.pruning.storage.progress import Progress
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.hf_model import build, tokenizer_of
 from megatron.pruning.training.quiet import quiet_imports
-from megatron.pruning.training.room import number_here
+from megatron.pruning.training.room import free_on_gpu, number_here, processes_here
 from megatron.pruning.training.tokens import Tokens
 
 # Of a text, by number: tokens `[batch, length + 1]`, and which of the last `length` count.
@@ -87,6 +87,7 @@ class Evaluation:
         what = f"reading with {checkpoint.path}"
         sums = self._layered_sums(checkpoint, portions, what) if model is None else self._sums(model, portions, what)
         if self.world.size > 1:
+            self.world.barrier()  # where one that has failed is told of; a sum would be waited for
             torch.distributed.all_reduce(sums)
         return float(sums[0] / sums[1])
 
@@ -111,18 +112,20 @@ class Evaluation:
     def _layered_sums(self, checkpoint: Checkpoint, portions: Portions, what: str) -> Tensor:
         from megatron.pruning.training.layerwise import States, loss_sums
 
-        need = sum(tokens.numel() for tokens, _ in portions.values()) * checkpoint.config.hidden_size * BYTES["fp32"]
-        on_gpu = not cpu_device.is_installed() and need < torch.cuda.mem_get_info(self.device)[0] / 2
+        numbers = sum(tokens.numel() for tokens, _ in portions.values()) * checkpoint.config.hidden_size
+        on_gpu = not cpu_device.is_installed() and numbers * BYTES[self.dtype] < free_on_gpu() / 2
+        dtype = getattr(torch, TORCH_NAMES[self.dtype])
         with tempfile.TemporaryDirectory(prefix="hidden-states-") as folder:
-            free = shutil.disk_usage(folder).free
+            need, free = numbers * BYTES["fp32"] * processes_here(), shutil.disk_usage(folder).free
             if not on_gpu and need > free:
                 raise ValueError(
                     f"{folder} has {free / 1e9:.1f} GB free, but the hidden states of the text take "
                     f"{need / 1e9:.1f} GB: take fewer --max-tokens, or a TMPDIR on a larger disk"
                 )
-            states = States(Path(folder), torch.float32, self.device, list(portions), on_gpu)
+            # numpy, which writes the files, has no bf16.
+            states = States(Path(folder), dtype if on_gpu else torch.float32, self.device, list(portions), on_gpu)
             progress = Progress(what, checkpoint.config.num_layers, self.world.rank == 0, unit="layers")
-            sums = loss_sums(checkpoint, portions, states, getattr(torch, TORCH_NAMES[self.dtype]), progress)
+            sums = loss_sums(checkpoint, portions, states, dtype, progress)
             progress.close()
         return sums
 

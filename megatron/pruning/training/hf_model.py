@@ -32,7 +32,8 @@ def build(checkpoint: Checkpoint, dtype: str, device: str) -> "PreTrainedModel":
     state = {}
     for weight, layer, view in checkpoint.weights():
         bits = torch.from_numpy(read_all(cast(view, dtype)))
-        state[weight.hf_key(layer)] = bits.view(getattr(torch, TORCH_NAMES[dtype]))
+        # One weight after the other: the machine's memory need not hold the model, or one for each of its GPUs.
+        state[weight.hf_key(layer)] = bits.view(getattr(torch, TORCH_NAMES[dtype])).to(device)
     if checkpoint.config.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)

@@ -4,13 +4,11 @@ Some sequences go through a layer before the next one is read from the checkpoin
 states on the device, and in the machine's memory its unit vectors before every layer, of which pairs are compared.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -22,8 +20,7 @@ from megatron.pruning.storage.processes import is_first
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.layerwise import ROW, Layer, embed, layer_of, tensor_of
 from megatron.pruning.training.record_scores import POSITIONS, Recorder
-from megatron.pruning.training.room import too_large
-from megatron.pruning.training.scoring import from_first
+from megatron.pruning.training.room import free_memory, processes_here, too_large
 from megatron.pruning.training.stock_model import build
 
 AT_ONCE = 32  # sequences, at most: so often are the weights read once
@@ -40,8 +37,9 @@ class LayerwiseRecorder(Recorder):
         super().__init__(self.layer.model, config, Layout(vocab_divisor=1), length)
         self.waiting: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         of_one = (config.num_layers + 1) * min(length, POSITIONS) * config.hidden_size * 4
-        room = _SHARE_OF_MEMORY * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.at_once = int(from_first(max(1, min(AT_ONCE, room // of_one))))  # all processes the same
+        room = torch.tensor(_SHARE_OF_MEMORY * free_memory() / processes_here(), device=device)
+        torch.distributed.all_reduce(room, torch.distributed.ReduceOp.MIN)  # all processes must do the same
+        self.at_once = max(1, min(AT_ONCE, int(room) // of_one))
 
     def sequence(self, window: np.ndarray[Any, np.dtype[np.int64]], layer_losses: bool) -> None:
         """Take one sequence, as Recorder does; it is read with the next ones, or before `collect` returns."""
@@ -98,10 +96,11 @@ def recorder_for(
     """
     if layout.tensor * layout.pipeline == 1 and not losses:
         why = too_large(checkpoint, dtype, "cpu" if cpu_device.is_installed() else "cuda")
-        if from_first(bool(why)):
-            if why and is_first():
-                print(f"note: {why}: one layer is held at a time", file=sys.stderr)
-            layer_by_layer = True
+        without = torch.tensor(float(bool(why) or layer_by_layer), device="cuda")
+        torch.distributed.all_reduce(without)  # all processes must do the same
+        if why and is_first() and not layer_by_layer:
+            print(f"note: {why}: one layer is held at a time", file=sys.stderr)
+        layer_by_layer = float(without) > 0
     if layer_by_layer:
         return LayerwiseRecorder(checkpoint, dtype, length)
     return Recorder(build(checkpoint, layout, dtype), checkpoint.config, layout, length)

@@ -67,7 +67,7 @@ def score(save: Path, empty: Scores, recorder: "Recorder", text: Tokens, copies:
             pace = from_first(-1.0 if problem else SAVE_SECONDS * number / (time.monotonic() - began))
             if pace < 0:
                 raise problem or SystemExit(1)  # rank 0 says why
-            every = max(recorder.at_once, int(pace))
+            every = max(1, int(pace) // recorder.at_once) * recorder.at_once
     progress.close()
     if is_first():
         partial.replace(save)
