@@ -4,19 +4,21 @@
 
 The model is SmolLM2-135M (real_model.py), the size 100M parameters. The first shapes that are proposed are pruned,
 reconstructed by English text and ranked on English that was not seen, as `--candidates` does it; ended, it goes on
-where it was. Writes benchmarks/results/shapes.json, from which docs/tables.py makes the table of docs/en/shapes.md; the
+where it was. Beside them are shapes that give up one axis alone. Writes benchmarks/results/shapes.json, from which docs/tables.py makes the table of docs/en/shapes.md; the
 picture lies in shapes.candidates of the folder.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from experiment import RESULTS, ROOT, command, machine, write_results
 from real_model import real_model, texts
 
-TARGET, CANDIDATES, SEQUENCES, LENGTH = "100M", 3, 16, 512
+TARGET, CANDIDATES, SEQUENCES, LENGTH = "100M", 9, 16, 512
 EVALUATED = 24 * LENGTH  # tokens
+ALONE = {"layers": ("--num-layers-remain", 20), "ffn": ("--ffn-hidden-size-remain", 872)}
 
 
 def main() -> None:
@@ -28,13 +30,14 @@ def main() -> None:
     parent = real_model(args.work_dir)
     train, valid = texts(args.work_dir, parent)["english"]
     save = args.work_dir / "shapes"
+    text = ("--data-path", train, "--sequences", SEQUENCES, "--sequence-length", LENGTH, "--min-scores-tokens", 1)
     command(
         "prune_llama.py", "--load", parent, "--save", save, "--target-params", TARGET, "--candidates", CANDIDATES,
-        "--data-path", train, "--valid-data-path", valid, "--sequences", SEQUENCES, "--sequence-length", LENGTH,
-        "--valid-tokens", EVALUATED, "--min-scores-tokens", 1,
+        "--valid-data-path", valid, "--valid-tokens", EVALUATED, *text,
     )  # fmt: skip
     folder = save.with_name("shapes.candidates")
     measured = json.loads((folder / "shapes.json").read_text())
+    alone = {axis: shape_alone(args.work_dir, parent, valid, (*flags, *text)) for axis, flags in ALONE.items()}
     write_results(
         args.json,
         {
@@ -44,8 +47,28 @@ def main() -> None:
             "sequences": SEQUENCES,
             "length": LENGTH,
             **{name: measured[name] for name in ("parent", "shapes", "best_first")},
+            "alone": alone,
         },
     )
+
+
+def shape_alone(work: Path, parent: Path, valid: Path, flags: tuple[object, ...]) -> dict[str, Any]:
+    """Return the sizes, parameters and loss of a shape that the flags name, measured as the candidates are, once."""
+    from megatron.pruning.formats import open_checkpoint
+
+    saved = work / f"alone{flags[0]}"
+    losses = saved.with_suffix(".json")
+    if not losses.exists():
+        command(
+            "prune_llama.py", "--load", parent, "--save", saved, "--format", "hf", "--overwrite", "--reconstruct", *flags,
+        )  # fmt: skip
+        command(
+            "tools/evaluate.py", "--load", saved, "--data", valid, "--sequence-length", LENGTH, "--max-tokens",
+            EVALUATED, "--dtype", "fp32", "--json", losses,
+        )  # fmt: skip
+    config = open_checkpoint(saved).config
+    loss = json.loads(losses.read_text())[0]["loss"]
+    return {"sizes": dict(config.sizes), "parameters": config.parameters, "losses": {"0": loss}}
 
 
 if __name__ == "__main__":

@@ -348,7 +348,8 @@ def shapes_measured() -> None:
     found = _read(RESULTS / "shapes.json")
     rows = [["", *_AXES, said("parameters"), said("perplexity")]]
     ranked = {f"{number}": found["shapes"][number - 1] for number in found["best_first"]}
-    for name, shape in {**ranked, said("the parent"): found["parent"]}.items():
+    alone = {said(f"{axis} alone"): shape for axis, shape in found["alone"].items()}
+    for name, shape in {**ranked, **alone, said("the parent"): found["parent"]}.items():
         parameters, loss = f"{shape['parameters'] / 1e6:.1f}M", math.exp(shape["losses"]["0"])
         rows.append([name, *_sizes(shape), parameters, f"{loss:.1f}"])
     show(rows)
