@@ -4,8 +4,8 @@
 
 The model is SmolLM2-135M (real_model.py), the size 100M parameters. The first shapes that are proposed are pruned,
 reconstructed by English text and ranked on English that was not seen, as `--candidates` does it; ended, it goes on
-where it was. Beside them are shapes that give up one axis alone. Writes benchmarks/results/shapes.json, from which docs/tables.py makes the table of docs/en/shapes.md; the
-picture lies in shapes.candidates of the folder.
+where it was. Beside them are shapes that give up one axis alone. Writes benchmarks/results/shapes.json, from which
+docs/tables.py makes the table of docs/en/shapes.md; the picture lies in shapes.candidates of the folder.
 """
 
 import argparse
@@ -60,7 +60,8 @@ def shape_alone(work: Path, parent: Path, valid: Path, flags: tuple[object, ...]
     losses = saved.with_suffix(".json")
     if not losses.exists():
         command(
-            "prune_llama.py", "--load", parent, "--save", saved, "--format", "hf", "--overwrite", "--reconstruct", *flags,
+            "prune_llama.py", "--load", parent, "--save", saved, "--format", "hf", "--overwrite", *flags,
+            "--reconstruct",
         )  # fmt: skip
         command(
             "tools/evaluate.py", "--load", saved, "--data", valid, "--sequence-length", LENGTH, "--max-tokens",
