@@ -5,11 +5,12 @@
 The model is SmolLM2-135M (real_model.py), the size 100M parameters. The first shapes that are proposed are pruned,
 reconstructed by English text and ranked on English that was not seen, as `--candidates` does it; ended, it goes on
 where it was. Beside them are shapes that give up one axis alone. Writes benchmarks/results/shapes.json, from which
-docs/tables.py makes the table of docs/en/shapes.md; the picture lies in shapes.candidates of the folder.
+docs/tables.py makes the table of docs/en/shapes.md; the picture becomes assets/shapes.png.
 """
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def main() -> None:
     )  # fmt: skip
     folder = save.with_name("shapes.candidates")
     measured = json.loads((folder / "shapes.json").read_text())
+    shutil.copyfile(folder / "shapes.png", ROOT / "assets" / "shapes.png")
     alone = {axis: shape_alone(args.work_dir, parent, valid, (*flags, *text)) for axis, flags in ALONE.items()}
     write_results(
         args.json,
