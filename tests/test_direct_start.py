@@ -1,5 +1,6 @@
 """A training starts from a Hugging Face directory as from what a conversion makes of it, bit for bit, and resumes."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def test_losses_are_those_after_a_conversion_and_a_resumed_run_has_them_too(name
     wanted = loop.run("wanted", words["converted"], ranks).ok()
     first = loop.run("first", f"{words['hf']} --exit-interval 2", ranks).ok()
     resumed = loop.run("resumed", words["hf"], ranks).ok()
+    assert re.search(r"distributed_timeout_minutes \.+ 60\n", first.log), "reading weights takes time"
     assert len(wanted.losses) == 3 and first.losses | resumed.losses == wanted.losses
     assert sorted(first.losses) == [1, 2] and sorted(resumed.losses) == [3]
     for file in ("huggingface/config.json", "latest_checkpointed_iteration.txt"):

@@ -89,6 +89,7 @@ def test_run_killed_midway_and_started_again_equals_uninterrupted_run_bitwise(
     folder: Path, trained: dict[str, Run]
 ) -> None:
     assert trained["killed"].code == -signal.SIGKILL
+    assert re.search(r"distributed_timeout_minutes \.+ 10\n", trained["whole"].log), "nothing is read that takes time"
     assert max(trained["killed"].losses) in range(KILLED, STEPS)
     resumed = trained["again"].losses
     assert min(resumed) == SAVED + 1, "the second start did not resume"

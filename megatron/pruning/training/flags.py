@@ -28,7 +28,7 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     # Causal attention needs no mask tensor, and a checkpoint's own format says which one it is. Stock leaves the
     # intervals unset and fails on that after it has built the model.
     parser.set_defaults(create_attention_mask_in_dataloader=False, auto_detect_ckpt_format=True)
-    parser.set_defaults(eval_interval=1000, save_interval=1000)
+    parser.set_defaults(eval_interval=1000, save_interval=1000, distributed_timeout_minutes=None)
     parser.set_defaults(**_without_missing_kernels())
     if cpu_device.is_installed():
         cpu_device.add_defaults(parser)
@@ -105,6 +105,7 @@ def refuse_impossible(args: argparse.Namespace) -> None:
     _refuse_layout(args)
     _refuse_warm_up(args)
     _refuse_distillation(args)
+    _give_time(args)
     if args.attention_backend.name == "local":
         raise ValueError(
             "--attention-backend local cannot be had in megatron-core 0.19: leave it out, or give "
@@ -129,6 +130,16 @@ def _go_without_validation(args: argparse.Namespace) -> None:
     if args.train_data_path and not args.valid_data_path and args.eval_iters:
         print_rank_0("note: without --valid-data-path there is no validation")
         args.eval_iters = 0
+
+
+def _give_time(args: argparse.Namespace) -> None:
+    """Let ranks wait while others read the weights to start from or a teacher's, unless the user has said how long.
+
+    Each takes its own time for that, and a large model on a slow disk more than the ten minutes of stock. What ends
+    with an error meanwhile ends the others at once (processes.EndedTogether).
+    """
+    if args.distributed_timeout_minutes is None:
+        args.distributed_timeout_minutes = 60 if args.teacher_load or args.pretrained_checkpoint else 10
 
 
 def _refuse_layout(args: argparse.Namespace) -> None:
