@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from helpers import make_llama, plan_of, prune, write_documents
 from stock_loop import stands_in_for_python
 from transformers import LlamaForCausalLM
 
+import prune_llama
+from megatron.pruning.cli.pruning_flags import shapes_from_flags
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.formats.megatron import TRACKER
 from megatron.pruning.model.config import LlamaConfig, short
@@ -227,6 +230,20 @@ def test_a_number_of_heads_that_divides_no_usual_hidden_size_has_sizes_of_its_ow
     shapes = propose(smollm2, Target(1e8), Layout())
     assert {504, 576} <= {shape.sizes["hidden"] for shape in shapes}
     assert all(shape.sizes["hidden"] % shape.sizes["heads"] == 0 for shape in shapes)
+
+
+def test_as_many_are_proposed_as_are_to_be_measured_or_the_one_that_is_taken_asks_for() -> None:
+    smollm2 = LlamaConfig(30, 576, 1536, 9, 3, 64, 49152, tied=True)
+    target, words = Target(1e8), ["--load=x", "--save=y", "--target-params=100M"]
+    found = {}
+    for flag in ("--dtype=fp32", "--candidates=16", "--shape=14", "--shape=best"):
+        args = prune_llama.parser().parse_args([*words, flag])
+        found[flag] = shapes_from_flags(args, SimpleNamespace(config=smollm2), Layout(), target)  # type: ignore[arg-type]
+    usual, measured, taken, every = found.values()
+    assert [len(shapes) for shapes in (usual, measured, taken)] == [10, 16, 14] and len(every) > 16
+    assert every[:16] == measured and every[:14] == taken and every[:10] == usual
+    # The ffn alone gives, which the prior holds for one of the worst.
+    assert {**smollm2.sizes, "ffn": 896} in [shape.sizes for shape in measured]
 
 
 def test_an_ffn_narrower_than_its_steps_over_the_ranks_stays_as_it_is() -> None:

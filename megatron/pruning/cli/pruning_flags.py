@@ -1,6 +1,7 @@
 """What prune_llama.py's command line asks for: a request, a plan file, or shapes of a size."""
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.choose import CRITERIA, LAYER_CRITERIA, Criterion, LayerCriterion
 from megatron.pruning.plan.decide import REMAIN_FLAGS, PruneRequest, decide
+from megatron.pruning.plan.measured import BEST
 from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.reconstructed import Report
 from megatron.pruning.plan.scores import Scores, digest, read_for
-from megatron.pruning.plan.shapes import Shape, Target, parse_bytes, parse_count, propose
+from megatron.pruning.plan.shapes import PROPOSALS, Shape, Target, parse_bytes, parse_count, propose
 from megatron.pruning.storage.dtypes import BYTES
 from megatron.pruning.storage.small_files import read_small
 
@@ -155,9 +157,13 @@ def target_from_flags(args: argparse.Namespace, parent: Checkpoint) -> Target | 
 
 
 def shapes_from_flags(args: argparse.Namespace, parent: Checkpoint, layout: Layout, target: Target) -> list[Shape]:
-    """Return the shapes of the wanted size. Raises ValueError where other flags contradict, or there are none."""
+    """Return the shapes of the wanted size, as many as are to be measured or the one that is taken asks for.
+
+    Raises ValueError where other flags contradict, or there are none.
+    """
     request = request_from_flags(args, layout)
     if request.remain or request.drop_layers or args.plan is not None:
         others = ", ".join((*REMAIN_FLAGS, "--plan"))
         raise ValueError(f"a target proposes all sizes: leave out {others}, or the target")
-    return propose(parent.config, target, layout)
+    count = math.inf if args.shape == BEST else max(PROPOSALS, args.candidates or 0, args.shape or 0)
+    return propose(parent.config, target, layout, count)

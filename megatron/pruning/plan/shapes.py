@@ -120,8 +120,8 @@ def parse_bytes(text: str) -> float:
     return value * float(1024**power if match[3] else 1000**power)
 
 
-def propose(config: LlamaConfig, target: Target, layout: Layout) -> list[Shape]:
-    """Return at most `PROPOSALS` shapes as `target` wants them that can be cut to `layout`, the best first.
+def propose(config: LlamaConfig, target: Target, layout: Layout, count: float = PROPOSALS) -> list[Shape]:
+    """Return at most `count` shapes as `target` wants them that can be cut to `layout`, the best first.
 
     Raises ValueError when there is none, naming the nearest.
     """
@@ -148,7 +148,7 @@ def propose(config: LlamaConfig, target: Target, layout: Layout) -> list[Shape]:
     chosen: list[Shape] = []
     for shape in near:
         alike = [other for other in chosen if all(other.sizes[a] == shape.sizes[a] for a in ("layers", "heads"))]
-        if len(alike) < _ALIKE and len(chosen) < PROPOSALS:
+        if len(alike) < _ALIKE and len(chosen) < count:
             chosen.append(shape)
     return chosen
 
