@@ -217,7 +217,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top
 
 
-@pytest.mark.timeout(900)  # seconds: it trains twice, and programs that import Megatron start slowly
+@pytest.mark.timeout(1200)  # seconds: it trains twice, and programs that import Megatron start slowly
 @pytest.mark.pages
 @pytest.mark.slow
 def test_every_command_runs_in_the_order_of_the_pages(fresh: Path) -> None:
