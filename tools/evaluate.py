@@ -13,7 +13,7 @@ With --chat the loss is that of the assistant's tokens: each conversation is rea
 mask beside --data says, or the chat template of a checkpoint with a .jsonl of messages.
 
 Processes of torchrun share the text. Where a model is larger than the memory, they hold one layer at a time of all that
-are compared: in bf16 the two ways differ in the third digit.
+are compared: in bf16 the two ways differ in the third decimal.
 
 --tasks are those of lm-evaluation-harness, its own or those of --task-folder, with the same model and the tokenizer
 that lies beside the checkpoint.
