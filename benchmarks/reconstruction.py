@@ -36,6 +36,7 @@ REBUILT = (
     LENGTH,
 )
 ROTATED = ("--rotate-hidden", "--untie")
+CHOSEN = ("--ridge", "auto")
 MIXED = ("0.5", "ENGLISH", "0.5", "CODE")
 
 
@@ -56,10 +57,15 @@ ARMS: dict[str, tuple[object, ...]] = {
     "contribution, norms corrected": (*WIDTH, *CONTRIBUTION, "--scores", "SCORES"),
     "reconstructed": (*WIDTH, *REBUILT),
     "rotated, reconstructed, untied": (*WIDTH, *REBUILT, *ROTATED),
+    "reconstructed, ridge auto": (*WIDTH, *REBUILT, *CHOSEN),
+    "rotated, reconstructed, untied, ridge auto": (*WIDTH, *REBUILT, *ROTATED, *CHOSEN),
     "rotated, untied": (*WIDTH, *REBUILT, *ROTATED, "--ridge", "inf"),
     "reconstructed, untied": (*WIDTH, *REBUILT, "--untie"),
     "reconstructed on both texts": replaced((*WIDTH, *REBUILT), data_path=MIXED),
     "rotated, reconstructed on both texts, untied": replaced((*WIDTH, *REBUILT, *ROTATED), data_path=MIXED),
+    "rotated, reconstructed on both texts, untied, ridge auto": replaced(
+        (*WIDTH, *REBUILT, *ROTATED, *CHOSEN), data_path=MIXED
+    ),
     "reconstructed, 16 sequences": replaced((*WIDTH, *REBUILT), sequences=16),
     "reconstructed, 192 sequences": replaced((*WIDTH, *REBUILT), sequences=192),
     "depth 24 of 30, block influence": (

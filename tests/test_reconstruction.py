@@ -28,10 +28,10 @@ from megatron.pruning.cli.reconstruction import claim
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.axes import PER_LAYER
 from megatron.pruning.plan.plan import Plan
-from megatron.pruning.plan.reconstructed import REPORT_FILE, Report
+from megatron.pruning.plan.reconstructed import AUTO, REPORT_FILE, Report
 from megatron.pruning.storage.output import hold_directory
 from megatron.pruning.training.calibration import calibration
-from megatron.pruning.training.least_squares import LeastSquares, Moments
+from megatron.pruning.training.least_squares import LADDER, LeastSquares, Moments
 
 VOCABULARY, LENGTH, SEQUENCES = 101, 16, 60
 EXACT = {"ridge": 0.0, "rotate": False, "untie": False}
@@ -89,6 +89,26 @@ def test_the_ridge_grows_until_the_held_out_error_falls() -> None:
     contrary = moments(v, 2 * (v @ cut.T) @ torch.linalg.pinv(parent).T - s)  # harm what helps on one
     fit = LeastSquares(calibration, contrary, 1e-6).fit(cut, parent)
     assert fit.after[1] <= fit.before[1]
+
+
+@pytest.mark.parametrize(("tokens", "larger"), [(1000, True), (4000, False)])
+def test_the_held_out_text_chooses_the_ridge(tokens: int, larger: bool) -> None:
+    u, t, parent, cut = random_problem(tokens=tokens)
+    v, s, *_ = random_problem(seed=1)
+    calibration, held_out = moments(u, t), moments(v, s)
+    chosen = LeastSquares(calibration, held_out, AUTO).fit(cut, parent)
+    fits = {ridge: LeastSquares(calibration, held_out, ridge).fit(cut, parent) for ridge in LADDER}
+    best = min(LADDER, key=lambda ridge: fits[ridge].after[1])
+    assert chosen.ridge == best and torch.equal(chosen.weight, fits[best].weight)
+    assert (best > 0.01) is larger, best
+
+
+def test_where_no_ridge_of_the_ladder_helps_it_grows_beyond() -> None:
+    u, t, parent, cut = random_problem(tokens=7)
+    v, s, *_ = random_problem(seed=1)
+    contrary = moments(v, 2 * (v @ cut.T) @ torch.linalg.pinv(parent).T - s)  # harm what helps on one
+    fit = LeastSquares(moments(u, t), contrary, AUTO).fit(cut, parent)
+    assert fit.ridge > LADDER[-1] and fit.after[1] <= fit.before[1]
 
 
 def test_blocks_of_rows_are_solved_as_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,13 @@ from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.figure import report_figure
 from megatron.pruning.plan.plan import Plan
-from megatron.pruning.plan.reconstructed import Report
+from megatron.pruning.plan.reconstructed import AUTO, RIDGE, Report, Ridge
 from megatron.pruning.plan.scores import Scores, read
 from megatron.pruning.storage.output import hold_directory
 from megatron.pruning.storage.processes import World
 from megatron.pruning.storage.small_files import replace_durably
 
-SEQUENCES, LONGEST, RIDGE = 128, 2048, 0.01
+SEQUENCES, LONGEST = 128, 2048
 
 
 def add_reconstruction_flags(group: argparse._ArgumentGroup, data: str, required: bool = False) -> None:
@@ -43,7 +43,8 @@ def add_reconstruction_flags(group: argparse._ArgumentGroup, data: str, required
     group.add_argument(
         "--ridge", type=ridge, default=RIDGE, metavar="R",
         help="how strongly weights are held to the cut ones, in units of their inputs' mean square; it grows where the "
-        f"held-out text asks for it; inf refits nothing (default {RIDGE})",
+        f"held-out text asks for it; {AUTO}: of each weight what is best on the held-out text; inf refits nothing "
+        f"(default {RIDGE})",
     )  # fmt: skip
     group.add_argument(
         "--rotate-hidden", action="store_true",
@@ -79,14 +80,16 @@ def check_tie(args: argparse.Namespace, parent: Checkpoint, hidden: int) -> None
         )
 
 
-def ridge(text: str) -> float:
+def ridge(text: str) -> Ridge:
     """Read a ridge."""
+    if text == AUTO:
+        return AUTO
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not (0 <= value <= 1e4 or value == float("inf")):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 10000 nor inf")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 10000 nor inf, nor {AUTO}")
     return value
 
 

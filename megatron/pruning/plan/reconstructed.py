@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Final, Literal
 
 import msgspec
 
@@ -17,6 +18,10 @@ from megatron.pruning.storage.views import View
 
 REPORT_FILE = "reconstruct.json"  # lies beside the weights of a reconstructed checkpoint
 VERSION = 1
+
+AUTO: Final = "auto"  # the ridge of every weight is chosen on the held-out text
+Ridge = float | Literal["auto"]
+RIDGE = 0.01  # unless another is asked for
 
 
 class WeightReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,9 +51,9 @@ class Losses(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What was done: on which model and text, how, and how far it brought each weight.
 
-    `parent`, `plan` and `tokens` are digests; `ridge` is None where no weight was refitted, only the hidden states were
-    rotated; `text` has the share of each text. `layers_done` counts up to the model's
-    and one more, for what comes after the layers.
+    `parent`, `plan` and `tokens` are digests; `ridge` is what was asked for, None where no weight was refitted, only
+    the hidden states were rotated; `text` has the share of each text. `layers_done` counts up to the model's and one
+    more, for what comes after the layers.
     """
 
     parent: str
@@ -58,7 +63,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     sequences: int
     held_out_sequences: int
     sequence_length: int
-    ridge: float | None
+    ridge: Ridge | None
     rotated: bool
     untied: bool
     dtype: str | None

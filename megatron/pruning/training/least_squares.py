@@ -6,13 +6,19 @@ the sums of u u^T, u t^T and t t^T over tokens: text streams through, and ranks 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron.pruning.plan.reconstructed import AUTO, Ridge
+
 GROWTH, LARGEST = 10.0, 1e4  # of a ridge under which the held-out error rises; beyond, the weight is let be
+# The ridges among which the held-out text chooses. What is best for one weight alone is not for those after it: errors
+# that are let be add up through the layers, so the ladder ends where a weight still mends most of what it can.
+LADDER = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+_FIRST = LADDER.index(0.01)  # that is tried
 _ROWS = 8192  # of a weight that are solved for at once: an output layer has a hundred thousand
 _ROUNDING = 1e-14  # of the largest square of an input: the least that is added, for what the text never showed
 
@@ -60,9 +66,13 @@ class Fit:
 
 
 class LeastSquares:
-    """Solves for every weight that reads the same inputs. `ridge` is in units of an input's mean square."""
+    """Solves for every weight that reads the same inputs.
 
-    def __init__(self, calibration: Moments, held_out: Moments, ridge: float) -> None:
+    `ridge` is in units of an input's mean square; with `AUTO` each weight gets that of the `LADDER` with which its
+    error on the held-out text is least.
+    """
+
+    def __init__(self, calibration: Moments, held_out: Moments, ridge: Ridge) -> None:
         self.calibration, self.held_out, self.ridge = calibration, held_out, ridge
         self._factors: dict[float, Tensor | None] = {}
 
@@ -87,26 +97,58 @@ class LeastSquares:
         parent = None if parent is None else parent.double()
         ours, theirs = (_Error(moments, cut, parent) for moments in (self.calibration, self.held_out))
         wanted, before = (ours.wanted, theirs.wanted), (ours.before, theirs.before)
-        ridge = self.ridge
-        while ridge <= LARGEST:
-            factor = self._factor(ridge)
+
+        def at(ridge: float) -> Fit:
+            """Return the weight with this ridge; the cut one where rounding forbids it, or it does not help."""
+            # A weight that writes is the only one with its inputs, and a factor may take gigabytes.
+            factor = self._factor(ridge, keep=parent is not None)
             if factor is not None:
                 change = torch.cholesky_solve(ours.missing.T, factor).T
                 after = ours.after(change), theirs.after(change)
                 if after[1] <= before[1] and after[0] <= before[0]:
                     return Fit(cut + change, ridge, wanted, before, after)
-            ridge = max(ridge, 1e-6) * GROWTH
-        return Fit(cut, math.inf, wanted, before, before)
+            return Fit(cut, math.inf, wanted, before, before)
 
-    def _factor(self, ridge: float) -> Tensor | None:
+        if self.ridge == AUTO:
+            best = _lowest(at)
+            return _first_that_helps(at, LADDER[-1]) if math.isinf(best.ridge) else best
+        return _first_that_helps(at, self.ridge)
+
+    def _factor(self, ridge: float, keep: bool = False) -> Tensor | None:
         """Return the Cholesky factor of the inputs' moments plus the ridge, None where rounding makes it fail."""
-        if ridge not in self._factors:
-            inputs = self.calibration.inputs
-            squares = inputs.diagonal()
-            pull = max(ridge * float(squares.mean()), _ROUNDING * float(squares.max()), 1e-300)
-            factor, failed = torch.linalg.cholesky_ex(inputs + pull * torch.eye(len(inputs)).to(inputs))
-            self._factors[ridge] = None if failed else factor
-        return self._factors[ridge]
+        if ridge in self._factors:
+            return self._factors[ridge]
+        inputs = self.calibration.inputs
+        squares = inputs.diagonal()
+        pull = max(ridge * float(squares.mean()), _ROUNDING * float(squares.max()), 1e-300)
+        factor, failed = torch.linalg.cholesky_ex(inputs + pull * torch.eye(len(inputs)).to(inputs))
+        found = None if failed else factor
+        if keep:
+            self._factors[ridge] = found
+        return found
+
+
+def _lowest(at: Callable[[float], Fit]) -> Fit:
+    """Return the fit with the least held-out error: from the first rung up the ladder, or else down, while it falls."""
+    best = at(LADDER[_FIRST])
+    for rungs in (LADDER[_FIRST + 1 :], LADDER[:_FIRST][::-1]):
+        start = best
+        for ridge in rungs:
+            if (fit := at(ridge)).after[1] >= best.after[1]:
+                break
+            best = fit
+        if best is not start:
+            break
+    return best
+
+
+def _first_that_helps(at: Callable[[float], Fit], ridge: float) -> Fit:
+    """Return the fit with the first ridge that does not raise the held-out error."""
+    fit = at(ridge)
+    while math.isinf(fit.ridge) and ridge <= LARGEST:
+        ridge = max(ridge, 1e-6) * GROWTH
+        fit = at(ridge)
+    return fit
 
 
 def _added_up(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:

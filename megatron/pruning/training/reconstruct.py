@@ -20,22 +20,26 @@ from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.weights import READERS
 from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.pruned import Pruned
+from megatron.pruning.plan.reconstructed import AUTO, RIDGE, Ridge
 from megatron.pruning.storage.progress import Progress
 from megatron.pruning.training.basis import Basis, rotation
 from megatron.pruning.training.calibration import Calibration, Stretch
 from megatron.pruning.training.layerwise import ROW, Layer, States, Weights, embed, layer_of, loss_sums, tensor_of
 from megatron.pruning.training.least_squares import Fit, LeastSquares, Moments
 
-RIDGE = 0.01
-
 
 @dataclass(frozen=True)
 class Options:
     """How to reconstruct. With an infinite `ridge` the weights stay as they were cut, or rotated."""
 
-    ridge: float = RIDGE
+    ridge: Ridge = RIDGE
     rotate: bool = False
     untie: bool = False
+
+    @property
+    def refits(self) -> bool:
+        """Whether weights are refitted."""
+        return self.ridge == AUTO or math.isfinite(self.ridge)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Reconstruction:
         self.epsilon = self.parent.config.norm_epsilon
         # Where nothing is cut there is nothing to mend, and rounding alone would change the last bits.
         cuts = self.options.rotate or self.options.untie or self.plan.sizes != dict(self.plan.parent_sizes)
-        self.refits = math.isfinite(self.options.ridge) and cuts
+        self.refits = self.options.refits and cuts
         self.parent_layer = Layer(self.parent.config, self.dtype, self.device)
         self.pruned_layer = Layer(self.config, self.dtype, self.device)
 

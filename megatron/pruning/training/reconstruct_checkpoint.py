@@ -180,7 +180,7 @@ class Job:
             sequences=int((~text.held_out).sum()),
             held_out_sequences=int(text.held_out.sum()),
             sequence_length=text.length,
-            ridge=_number(self.options.ridge),
+            ridge=self.options.ridge if self.options.refits else None,
             rotated=self.options.rotate,
             untied=self.options.untie,
             dtype=self.dtype,
