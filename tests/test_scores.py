@@ -58,6 +58,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     half = f"--load {top / 'gqa'} --data {top / 'text'} --save {top / 'bf16'}.scores --dtype bf16 "
     half += f"--sequence-length {LENGTH} --sequences {SEQUENCES} --pipeline-model-parallel-size 2"
     cases.append({"name": "bf16", "words": half.split(), "ranks": 2, "program": "score_importance", "gpu": True})
+    for way in ("", "--layer-by-layer"):
+        words = f"--load {top / 'qwen3'} --data {top / 'text'} --save {top / f'qwen3-bf16{way}'}.scores --dtype bf16 "
+        words += f"--sequence-length {LENGTH} --sequences {SEQUENCES} {way}"
+        cases.append(
+            {"name": f"qwen3-bf16{way}", "words": words.split(), "ranks": 1, "program": "score_importance", "gpu": True}
+        )
     for run in StockLoop(top).run_all(cases).values():
         run.ok()
     return top
@@ -134,6 +140,15 @@ def test_stages_hand_on_what_they_compute_in_bf16(folder: Path) -> None:
     for name, sums in whole.sums.items():
         if name != "layer_losses":
             assert np.allclose(half.sums[name], sums, rtol=0.05, atol=0.02 * float(np.abs(sums).max())), name
+
+
+@pytest.mark.slow
+def test_every_weight_has_the_dtype_that_was_asked_for(folder: Path) -> None:
+    """The gains of the norms of q and k, too, which Megatron's own layers build in fp32."""
+    whole, layered = (read(folder / f"qwen3-bf16{way}.scores") for way in ("", "--layer-by-layer"))
+    assert whole.facts.dtype == layered.facts.dtype == "bf16"
+    for name, sums in whole.sums.items():
+        assert np.allclose(layered.sums[name], sums, rtol=1e-3, atol=1e-9), name
 
 
 @pytest.mark.slow

@@ -129,6 +129,9 @@ def unfused_layers(config: GPTModelConfig, vp_stage: int | None = None) -> Trans
     )
     if transformer.normalization == "RMSNorm":
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalRMSNorm
+        if transformer.qk_layernorm:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
     count = get_num_layers_to_build(transformer, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=layer.submodules.input_layernorm)
 
