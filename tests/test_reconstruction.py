@@ -1,6 +1,7 @@
 """Reconstruction: exact where a smaller model can be the parent, never worse than the cut, the same everywhere."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ from megatron.pruning.cli.reconstruction import claim
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.axes import PER_LAYER
 from megatron.pruning.plan.plan import Plan
-from megatron.pruning.plan.reconstructed import AUTO, REPORT_FILE, Report
+from megatron.pruning.plan.reconstructed import AUTO, REPORT_FILE, Report, Ridge
 from megatron.pruning.storage.output import hold_directory
 from megatron.pruning.training.calibration import calibration
-from megatron.pruning.training.least_squares import LADDER, LeastSquares, Moments
+from megatron.pruning.training.least_squares import LADDER, LARGEST, LeastSquares, Moments
 
 VOCABULARY, LENGTH, SEQUENCES = 101, 16, 60
 EXACT = {"ridge": 0.0, "rotate": False, "untie": False}
@@ -109,6 +110,15 @@ def test_where_no_ridge_of_the_ladder_helps_it_grows_beyond() -> None:
     contrary = moments(v, 2 * (v @ cut.T) @ torch.linalg.pinv(parent).T - s)  # harm what helps on one
     fit = LeastSquares(moments(u, t), contrary, AUTO).fit(cut, parent)
     assert fit.ridge > LADDER[-1] and fit.after[1] <= fit.before[1]
+
+
+@pytest.mark.parametrize("ridge", [0.01, LARGEST, AUTO])
+def test_beyond_the_largest_ridge_a_weight_is_let_be(ridge: Ridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    u, t, parent, cut = random_problem()
+    tried: list[float] = []
+    monkeypatch.setattr(LeastSquares, "_factor", lambda self, ridge, keep: tried.append(ridge))
+    fit = LeastSquares(moments(u, t), moments(u, t), ridge).fit(cut, parent)
+    assert fit.ridge == math.inf and torch.equal(fit.weight, cut) and LARGEST / 10 < max(tried) <= LARGEST
 
 
 def test_blocks_of_rows_are_solved_as_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,12 +143,12 @@ def _lowest(at: Callable[[float], Fit]) -> Fit:
 
 
 def _first_that_helps(at: Callable[[float], Fit], ridge: float) -> Fit:
-    """Return the fit with the first ridge that does not raise the held-out error."""
-    fit = at(ridge)
-    while math.isinf(fit.ridge) and ridge <= LARGEST:
-        ridge = max(ridge, 1e-6) * GROWTH
+    """Return the fit with the first ridge, up to the largest, that does not raise the held-out error."""
+    while True:
         fit = at(ridge)
-    return fit
+        ridge = max(ridge, 1e-6) * GROWTH
+        if math.isfinite(fit.ridge) or ridge > LARGEST:
+            return fit
 
 
 def _added_up(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
