@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -211,14 +212,27 @@ def environment(**settings: object) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in settings.items()}}
 
 
-def command(program: str, *words: object) -> None:
-    """Run one of the project's programs, or end with what it said."""
-    done = subprocess.run(
-        [sys.executable, ROOT / program, *map(str, words)],
-        env=environment(), text=True, capture_output=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"error: {program} failed:\n{done.stderr[-2000:]}")
+@dataclass(frozen=True)
+class Cost:
+    """What a program took: seconds of processors, its own and the system's, and the most megabytes that were mapped."""
+
+    cpu_seconds: float
+    memory: float
+
+
+def command(program: str, *words: object) -> Cost:
+    """Run one of the project's programs and return what it took, or end with what it said."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / program, *map(str, words)],
+            env=environment(), stdout=subprocess.DEVNULL, stderr=log,
+        )  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"error: {program} failed:\n{log.read()[-2000:].decode(errors='replace')}")
+    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

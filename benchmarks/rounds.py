@@ -2,11 +2,11 @@
 
     python benchmarks/rounds.py --work-dir runs/rounds      # some twenty minutes on two cores
 
-The parent is the embedded model of 2.4M parameters, the size 0.8M. One round prunes, reconstructs and trains; two
-rounds do so twice, by equal ratios, with half the tokens each. The shape is the first that is proposed. Then the
-first shapes that it proposes are each reconstructed, measured, trained on and measured again: Spearman's rank
-correlation says whether the first order is the second. Prints both, and writes benchmarks/results/rounds.json, from
-which docs/tables.py makes the tables of docs/en/shapes.md.
+The parent is the embedded model of 2.4M parameters, the size 0.8M. One round prunes, reconstructs (with one ridge for
+all weights) and trains; two rounds do so twice, by equal ratios, with half the tokens each. The shape is the first that
+is proposed. Then the first shapes that it proposes are each reconstructed, measured, trained on and measured again:
+Spearman's rank correlation says whether the first order is the second. Prints both, and writes
+benchmarks/results/rounds.json, from which docs/tables.py makes the tables of docs/en/shapes.md.
 
 The results are JSON: `benchmark`, `machine`, `parent` (its validation loss in nats), `tokens` in all, `seeds`, `rounds`
 (by their number a loss of all seeds: `mean` and `deviation`), `shapes` (of each its `sizes`, `parameters`, and the loss
@@ -37,7 +37,7 @@ class Rounds(Experiment):
             command(
                 "prune_llama.py", "--load", parent, "--save", path, "--format", "torch", "--target-params", size,
                 "--shape", shape, "--reconstruct", "--data-path", self.text() / "train_text_document",
-                "--sequences", 64, "--sequence-length", SEQUENCE, "--min-scores-tokens", 1,
+                "--sequences", 64, "--sequence-length", SEQUENCE, "--min-scores-tokens", 1, "--ridge", 0.01,
             )  # fmt: skip
         return path
 

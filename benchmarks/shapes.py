@@ -3,9 +3,10 @@
     python benchmarks/shapes.py --work-dir runs/reconstruction      # about ten minutes a shape on a core
 
 The model is SmolLM2-135M (real_model.py), the size 100M parameters. The first shapes that are proposed are pruned,
-reconstructed by English text and ranked on English that was not seen, as `--candidates` does it; ended, it goes on
-where it was. Beside them are shapes that give up one axis alone. Writes benchmarks/results/shapes.json, from which
-docs/tables.py makes the table of docs/en/shapes.md; the picture becomes assets/shapes.png.
+reconstructed by English text, with one ridge for all weights, and ranked on English that was not seen, as
+`--candidates` does it; ended, it goes on where it was. Beside them are shapes that give up one axis alone. Writes
+benchmarks/results/shapes.json, from which docs/tables.py makes the table of docs/en/shapes.md; the picture becomes
+assets/shapes.png.
 """
 
 import argparse
@@ -31,7 +32,18 @@ def main() -> None:
     parent = real_model(args.work_dir)
     train, valid = texts(args.work_dir, parent)["english"]
     save = args.work_dir / "shapes"
-    text = ("--data-path", train, "--sequences", SEQUENCES, "--sequence-length", LENGTH, "--min-scores-tokens", 1)
+    text = (
+        "--data-path",
+        train,
+        "--sequences",
+        SEQUENCES,
+        "--sequence-length",
+        LENGTH,
+        "--min-scores-tokens",
+        1,
+        "--ridge",
+        0.01,
+    )
     command(
         "prune_llama.py", "--load", parent, "--save", save, "--target-params", TARGET, "--candidates", CANDIDATES,
         "--valid-data-path", valid, "--valid-tokens", EVALUATED, *text,

@@ -32,7 +32,7 @@ from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.reconstructed import AUTO, REPORT_FILE, Report, Ridge
 from megatron.pruning.storage.output import hold_directory
 from megatron.pruning.training.calibration import calibration
-from megatron.pruning.training.least_squares import LADDER, LARGEST, LeastSquares, Moments
+from megatron.pruning.training.least_squares import LADDER, LARGEST, Fit, LeastSquares, Moments, lowest
 
 VOCABULARY, LENGTH, SEQUENCES = 101, 16, 60
 EXACT = {"ridge": 0.0, "rotate": False, "untie": False}
@@ -110,6 +110,16 @@ def test_where_no_ridge_of_the_ladder_helps_it_grows_beyond() -> None:
     contrary = moments(v, 2 * (v @ cut.T) @ torch.linalg.pinv(parent).T - s)  # harm what helps on one
     fit = LeastSquares(moments(u, t), contrary, AUTO).fit(cut, parent)
     assert fit.ridge > LADDER[-1] and fit.after[1] <= fit.before[1]
+
+
+def test_a_rung_that_helps_is_found_beyond_rungs_that_do_not() -> None:
+    cut, errors = torch.zeros(1, 1), {0.1: 3.0, 0.3: 4.0}
+
+    def at(ridge: float) -> Fit:
+        after = errors.get(ridge, 5.0)
+        return Fit(cut, ridge if ridge in errors else math.inf, (9.0, 9.0), (5.0, 5.0), (after, after))
+
+    assert lowest(at).ridge == 0.1
 
 
 @pytest.mark.parametrize("ridge", [0.01, LARGEST, AUTO])

@@ -13,7 +13,7 @@ from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.figure import report_figure
 from megatron.pruning.plan.plan import Plan
-from megatron.pruning.plan.reconstructed import AUTO, RIDGE, Report, Ridge
+from megatron.pruning.plan.reconstructed import AUTO, Report, Ridge
 from megatron.pruning.plan.scores import Scores, read
 from megatron.pruning.storage.output import hold_directory
 from megatron.pruning.storage.processes import World
@@ -41,10 +41,10 @@ def add_reconstruction_flags(group: argparse._ArgumentGroup, data: str, required
         help=f"tokens of a sequence (default: as many as the model has positions, at most {LONGEST})",
     )  # fmt: skip
     group.add_argument(
-        "--ridge", type=ridge, default=RIDGE, metavar="R",
+        "--ridge", type=ridge, default=AUTO, metavar="R",
         help="how strongly weights are held to the cut ones, in units of their inputs' mean square; it grows where the "
         f"held-out text asks for it; {AUTO}: of each weight what is best on the held-out text; inf refits nothing "
-        f"(default {RIDGE})",
+        f"(default {AUTO})",
     )  # fmt: skip
     group.add_argument(
         "--rotate-hidden", action="store_true",

@@ -21,7 +21,6 @@ VERSION = 1
 
 AUTO: Final = "auto"  # the ridge of every weight is chosen on the held-out text
 Ridge = float | Literal["auto"]
-RIDGE = 0.01  # unless another is asked for
 
 
 class WeightReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -110,7 +110,7 @@ class LeastSquares:
             return Fit(cut, math.inf, wanted, before, before)
 
         if self.ridge == AUTO:
-            best = _lowest(at)
+            best = lowest(at)
             return _first_that_helps(at, LADDER[-1]) if math.isinf(best.ridge) else best
         return _first_that_helps(at, self.ridge)
 
@@ -128,15 +128,19 @@ class LeastSquares:
         return found
 
 
-def _lowest(at: Callable[[float], Fit]) -> Fit:
-    """Return the fit with the least held-out error: from the first rung up the ladder, or else down, while it falls."""
+def lowest(at: Callable[[float], Fit]) -> Fit:
+    """Return the fit with the least held-out error: from the first rung up the ladder, or else down, while it falls.
+
+    Where the first rungs do not help at all, it goes on to those that might.
+    """
     best = at(LADDER[_FIRST])
     for rungs in (LADDER[_FIRST + 1 :], LADDER[:_FIRST][::-1]):
         start = best
         for ridge in rungs:
-            if (fit := at(ridge)).after[1] >= best.after[1]:
+            if (fit := at(ridge)).after[1] < best.after[1]:
+                best = fit
+            elif math.isfinite(best.ridge):
                 break
-            best = fit
         if best is not start:
             break
     return best

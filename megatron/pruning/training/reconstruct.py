@@ -20,7 +20,7 @@ from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.weights import READERS
 from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.pruned import Pruned
-from megatron.pruning.plan.reconstructed import AUTO, RIDGE, Ridge
+from megatron.pruning.plan.reconstructed import AUTO, Ridge
 from megatron.pruning.storage.progress import Progress
 from megatron.pruning.training.basis import Basis, rotation
 from megatron.pruning.training.calibration import Calibration, Stretch
@@ -32,7 +32,7 @@ from megatron.pruning.training.least_squares import Fit, LeastSquares, Moments
 class Options:
     """How to reconstruct. With an infinite `ridge` the weights stay as they were cut, or rotated."""
 
-    ridge: Ridge = RIDGE
+    ridge: Ridge = AUTO
     rotate: bool = False
     untie: bool = False
 
