@@ -9,17 +9,17 @@ in their names. Prints a table, and writes benchmarks/results/reconstruction.jso
 tables of docs/en/reconstruct.md, and draws assets/reconstruction.png.
 
 The results are JSON: `benchmark`, `machine`, `model`, `length` (tokens of a sequence), `parent` and `arms`: of each its
-`parameters`, `perplexity` on `english` and `code`, `sequences` that were learned from, and `seconds` of prune_llama.py.
+`parameters`, perplexity on `english` and `code`, and of prune_llama.py `cpu_seconds` and `memory`, in megabytes, its
+mapped files included.
 """
 
 import argparse
 import json
 import math
 import shutil
-import time
 from pathlib import Path
 
-from experiment import RESULTS, ROOT, command, machine, show, write_results
+from experiment import RESULTS, ROOT, Cost, command, machine, show, write_results
 from real_model import real_model, texts
 
 LENGTH, SEQUENCES, EVALUATED = 512, 48, 24  # tokens; sequences to learn from, and to evaluate on
@@ -36,7 +36,7 @@ REBUILT = (
     LENGTH,
 )
 ROTATED = ("--rotate-hidden", "--untie")
-CHOSEN = ("--ridge", "auto")
+FIXED = ("--ridge", 0.01)
 MIXED = ("0.5", "ENGLISH", "0.5", "CODE")
 
 
@@ -57,15 +57,12 @@ ARMS: dict[str, tuple[object, ...]] = {
     "contribution, norms corrected": (*WIDTH, *CONTRIBUTION, "--scores", "SCORES"),
     "reconstructed": (*WIDTH, *REBUILT),
     "rotated, reconstructed, untied": (*WIDTH, *REBUILT, *ROTATED),
-    "reconstructed, ridge auto": (*WIDTH, *REBUILT, *CHOSEN),
-    "rotated, reconstructed, untied, ridge auto": (*WIDTH, *REBUILT, *ROTATED, *CHOSEN),
+    "reconstructed, ridge 0.01": (*WIDTH, *REBUILT, *FIXED),
+    "rotated, reconstructed, untied, ridge 0.01": (*WIDTH, *REBUILT, *ROTATED, *FIXED),
     "rotated, untied": (*WIDTH, *REBUILT, *ROTATED, "--ridge", "inf"),
     "reconstructed, untied": (*WIDTH, *REBUILT, "--untie"),
     "reconstructed on both texts": replaced((*WIDTH, *REBUILT), data_path=MIXED),
     "rotated, reconstructed on both texts, untied": replaced((*WIDTH, *REBUILT, *ROTATED), data_path=MIXED),
-    "rotated, reconstructed on both texts, untied, ridge auto": replaced(
-        (*WIDTH, *REBUILT, *ROTATED, *CHOSEN), data_path=MIXED
-    ),
     "reconstructed, 16 sequences": replaced((*WIDTH, *REBUILT), sequences=16),
     "reconstructed, 192 sequences": replaced((*WIDTH, *REBUILT), sequences=192),
     "depth 24 of 30, block influence": (
@@ -78,6 +75,9 @@ ARMS: dict[str, tuple[object, ...]] = {
     "hidden 504, ffn 1344, reconstructed": ("--hidden-size-remain", 504, "--ffn-hidden-size-remain", 1344, *REBUILT),
     "hidden 396, ffn 960, reconstructed": ("--hidden-size-remain", 396, "--ffn-hidden-size-remain", 960, *REBUILT),
 }  # fmt: skip
+
+
+OTHERS = ("nvidia-modelopt 0.47, activation", "SliceGPT with its matrices, ffn by contribution")  # of other_ways.py
 
 
 class Bench:
@@ -104,18 +104,41 @@ class Bench:
         """Do an arm, unless it is done."""
         if name in self.results:
             return
-        path, places = self.work / "arm", {name.upper(): prefixes[0] for name, prefixes in self.texts.items()}
+        path = self.work / "arm"
+        cost = self.prune(path, flags)
+        took = {"cpu_seconds": round(cost.cpu_seconds), "memory": round(cost.memory)}
+        self.keep(name, {**self.measure(path), **took})
+        shutil.rmtree(path)
+
+    def prune(self, path: Path, flags: tuple[object, ...]) -> Cost:
+        """Prune the parent into a Hugging Face directory, and return what it took."""
+        places = {name.upper(): prefixes[0] for name, prefixes in self.texts.items()}
         if "SCORES" in flags:
             places["SCORES"] = self.scores()
         words = [places.get(flag, flag) if isinstance(flag, str) else flag for flag in flags]
-        start = time.monotonic()
-        command(
+        return command(
             "prune_llama.py", "--load", self.parent, "--save", path, "--format", "hf", "--overwrite",
             "--min-scores-tokens", 1, *words,
         )  # fmt: skip
-        seconds = time.monotonic() - start
-        self.keep(name, {**self.measure(path), "seconds": round(seconds, 1)})
-        shutil.rmtree(path)
+
+    def other(self, name: str, packages: Path) -> None:
+        """Do an arm of another way, unless it is done."""
+        if name in self.results:
+            return
+        found, path, ffn = self.work / "other.json", self.work / "arm", WIDTH[-1]
+        if name == OTHERS[0]:
+            way = ("minitron", "--load", self.parent, "--ffn-hidden-size", ffn, "--packages", packages)
+        else:
+            self.prune(path, ARMS[f"ffn {ffn}, contribution"])
+            way = ("slicegpt", "--load", path)
+        valid = [f"{text}={prefix}" for text, (_, prefix) in self.texts.items()]
+        cost = command(
+            "benchmarks/other_ways.py", *way, "--hidden-size", WIDTH[1], "--data", self.texts["english"][0],
+            "--sequences", SEQUENCES, "--sequence-length", LENGTH, "--valid", *valid, "--valid-sequences", EVALUATED,
+            "--json", found,
+        )  # fmt: skip
+        took = {"cpu_seconds": round(cost.cpu_seconds), "memory": round(cost.memory)}
+        self.keep(name, {**json.loads(found.read_text()), **took})
 
     def measure(self, path: Path) -> dict[str, float]:
         """Return a model's parameters and its perplexity on each text."""
@@ -171,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "reconstruction", metavar="DIR")
     parser.add_argument("--only", default="", metavar="WORD", help="do the arms that have this in their names")
+    parser.add_argument("--packages", type=Path, metavar="DIR", help="with nvidia-modelopt: other_ways.py says how")
     parser.add_argument("--json", type=Path, default=RESULTS / "reconstruction.json", metavar="FILE")
     parser.add_argument("--figure", type=Path, default=ROOT / "assets" / "reconstruction.png", metavar="PNG")
     args = parser.parse_args()
@@ -180,11 +204,14 @@ def main() -> None:
     for name, flags in ARMS.items():
         if args.only in name:
             bench.arm(name, flags)
-    done = {name: bench.results[name] for name in ARMS if name in bench.results}
-    rows = [["arm", "parameters", "english", "code", "seconds"]]
+    for name in OTHERS:
+        if args.only in name and args.packages:
+            bench.other(name, args.packages)
+    done = {name: bench.results[name] for name in (*OTHERS, *ARMS) if name in bench.results}
+    rows = [["arm", "parameters", "english", "code", "CPU seconds", "MB"]]
     for name, one in {"parent": bench.results["parent"], **done}.items():
         rows.append([name, f"{one['parameters']:,}", *(f"{one[text]:.1f}" for text in ("english", "code")),
-                     f"{one.get('seconds', 0):.0f}"])  # fmt: skip
+                     *(f"{one[cost]:,}" if cost in one else "" for cost in ("cpu_seconds", "memory"))])  # fmt: skip
     show(rows)
     draw(args.figure, bench.results["parent"], done)
     write_results(

@@ -61,6 +61,7 @@ class Linear(_Module):
         self.tp_size, self.return_bias, self.use_bias = tp_size, return_bias, False
         out_features //= tp_size if parallel_mode == "column" else 1
         in_features //= tp_size if parallel_mode == "row" else 1
+        self.in_features, self.out_features = in_features, out_features
         self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype))
         if init_method:
             init_method(self.weight)
@@ -88,18 +89,20 @@ class Linear(_Module):
 class LayerNormLinear(Linear):
     def __init__(self, in_features: int, out_features: int, *, eps: float = 1e-5, **more: Any) -> None:
         super().__init__(in_features, out_features, **more)
-        self.eps = eps
+        self.eps, self.return_layernorm_output = eps, more.get("return_layernorm_output", False)
         self.layer_norm_weight = torch.nn.Parameter(torch.ones(in_features, dtype=more.get("params_dtype")))
         self.layer_norm_weight.sequence_parallel = self.sequence_parallel
 
-    def forward(self, x: torch.Tensor, **more: Any) -> torch.Tensor:
-        return super().forward(functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps))
+    def forward(self, x: torch.Tensor, **more: Any) -> Any:
+        normed = functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
+        y = super().forward(normed)
+        return (y, normed) if self.return_layernorm_output else y
 
 
 class DotProductAttention(_Module):
     def __init__(self, num_attention_heads: int, kv_channels: int, softmax_scale: float | None = None, **more: Any):
         super().__init__()
-        self.scale = softmax_scale
+        self.scale, self.num_attention_heads = softmax_scale, num_attention_heads
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **more: Any
