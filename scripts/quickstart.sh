@@ -7,7 +7,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 RUNS=${RUNS:-$HERE/runs/quickstart} # everything lands here
 SEQUENCES=${SEQUENCES:-128}         # sequences of text to reconstruct by
-TRAIN_ITERS=${TRAIN_ITERS:-300}     # steps of continued pretraining
+TRAIN_ITERS=${TRAIN_ITERS:-80}     # steps of continued pretraining
 TP=${TP:-} # empty: 2, or 1 where there is one GPU
 
 source "$HERE/scripts/common.sh"
@@ -20,10 +20,14 @@ say "1/9 text: Python's standard library as tokens"
 "$PYTHON" "$ROOT/assets/make_tiny_llama.py" --data-only "$RUNS/data"
 # What is compared at the end are 65,536 tokens, which the first eight files hold: training validates on these, too.
 sed -i '9,$d' "$RUNS/data/valid.jsonl"
-for part in train valid; do
-    "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$RUNS/data/$part.jsonl" --output-prefix "$RUNS/data/$part" \
-        --load "$ROOT/assets/tiny-llama" --append-eod --workers 2
-done
+tokenize() {
+    "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$RUNS/data/$1.jsonl" --output-prefix "$RUNS/data/$1" \
+        --load "$ROOT/assets/tiny-llama" --append-eod "${@:2}"
+}
+tokenize valid & # beside the long one, for the program takes longer to start than to read it
+valid=$!
+tokenize train --workers 2
+wait "$valid"
 
 say "2/9 convert: Hugging Face -> Megatron, tensor parallel $TP"
 bash "$ROOT/tools/checkpoint_conversion/hf_to_megatron.sh" --overwrite
@@ -38,9 +42,10 @@ DATA_PATH="$RUNS/data/train_text_document" DROP_LAYERS='' bash "$ROOT/scripts/pr
 say "5/9 train on: $TRAIN_ITERS steps of the stock Megatron loop"
 rm -rf "$RUNS/recovered"
 # Each validation is one pass over all of its text, which Megatron makes for a list of texts alone (of which this is the
-# first, 0), and a sequence at a time. One copy of the model trains, however many GPUs there are.
-GPUS_PER_NODE=$TP bash "$ROOT/scripts/check_model.sh" --full-validation --multiple-validation-sets \
-    --eval-micro-batch-size 1 --eval-global-batch-size 1
+# first, 0), and a sequence at a time: there is one in the middle, and at the end the loop makes its own. One copy of the
+# model trains, however many GPUs there are.
+GPUS_PER_NODE=$TP EVAL_INTERVAL=$((TRAIN_ITERS / 2 + 1)) bash "$ROOT/scripts/check_model.sh" --full-validation \
+    --multiple-validation-sets --eval-micro-batch-size 1 --eval-global-batch-size 1
 
 say "6/9 transfer: tensor parallel $TP -> 1"
 TP=1 bash "$ROOT/scripts/transfer.sh" --overwrite
