@@ -26,8 +26,10 @@ tokenize() {
 }
 tokenize valid & # beside the long one, for the program takes longer to start than to read it
 valid=$!
+trap 'kill "$valid" 2> /dev/null || :' EXIT
 tokenize train --workers 2
 wait "$valid"
+trap - EXIT
 
 say "2/9 convert: Hugging Face -> Megatron, tensor parallel $TP"
 bash "$ROOT/tools/checkpoint_conversion/hf_to_megatron.sh" --overwrite

@@ -79,7 +79,8 @@ class LeastSquares:
     def fit(self, cut: Tensor, parent: Tensor | None = None) -> Fit:
         """Return the weight W that minimises the sum of |W u - y|^2 plus ridge * |W - cut|^2.
 
-        `cut` is [out, in], `parent` P. While the held-out error is above that of the cut weight, the ridge grows.
+        `cut` is [out, in], `parent` P. While the held-out error is above that of the cut weight, the ridge grows, from
+        the one that was given or from the end of the ladder.
         """
         parts = [
             self._fit(cut[start : start + _ROWS].double(), None if parent is None else parent[start : start + _ROWS])
@@ -111,7 +112,7 @@ class LeastSquares:
 
         if self.ridge == AUTO:
             best = lowest(at)
-            return _first_that_helps(at, LADDER[-1]) if math.isinf(best.ridge) else best
+            return _first_that_helps(at, LADDER[-1] * GROWTH) if math.isinf(best.ridge) else best
         return _first_that_helps(at, self.ridge)
 
     def _factor(self, ridge: float, keep: bool = False) -> Tensor | None:
