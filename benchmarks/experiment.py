@@ -212,16 +212,8 @@ def environment(**settings: object) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in settings.items()}}
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a program took: seconds of processors, its own and the system's, and the most megabytes that were mapped."""
-
-    cpu_seconds: float
-    memory: float
-
-
-def command(program: str, *words: object) -> Cost:
-    """Run one of the project's programs and return what it took, or end with what it said."""
+def command(program: str, *words: object) -> float:
+    """Run one of the project's programs and return the seconds of processors it took, or end with what it said."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, ROOT / program, *map(str, words)],
@@ -232,7 +224,7 @@ def command(program: str, *words: object) -> Cost:
         if process.returncode:
             log.seek(0)
             raise SystemExit(f"error: {program} failed:\n{log.read()[-2000:].decode(errors='replace')}")
-    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    return usage.ru_utime + usage.ru_stime
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -166,6 +166,8 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, metavar="DIR")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
+    if (args.way == "minitron") != (args.ffn_hidden_size is not None):
+        parser.error("--ffn-hidden-size goes with minitron, which cuts the ffn, and with it alone")
     if args.packages:
         sys.path.append(str(args.packages))
     parent = open_checkpoint(args.load)

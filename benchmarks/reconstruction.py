@@ -1,6 +1,6 @@
 """What reconstruction is worth without a step of training, on a real model: perplexity on two texts, by arm.
 
-    python benchmarks/reconstruction.py --work-dir runs/reconstruction      # some minutes an arm on two cores
+    python benchmarks/reconstruction.py --work-dir runs/reconstruction      # up to twenty minutes an arm on a core
 
 The model is SmolLM2-135M (real_model.py), learned from is English, and measured are English that was not seen and, as
 another domain, Python code. An arm is one run of prune_llama.py and one of the evaluation; each is done once, and what
@@ -9,8 +9,7 @@ in their names. Prints a table, and writes benchmarks/results/reconstruction.jso
 tables of docs/en/reconstruct.md, and draws assets/reconstruction.png.
 
 The results are JSON: `benchmark`, `machine`, `model`, `length` (tokens of a sequence), `parent` and `arms`: of each its
-`parameters`, perplexity on `english` and `code`, and of prune_llama.py `cpu_seconds` and `memory`, in megabytes, its
-mapped files included.
+`parameters`, perplexity on `english` and `code`, and the `cpu_seconds` of prune_llama.py.
 """
 
 import argparse
@@ -19,7 +18,7 @@ import math
 import shutil
 from pathlib import Path
 
-from experiment import RESULTS, ROOT, Cost, command, machine, show, write_results
+from experiment import RESULTS, ROOT, command, machine, show, write_results
 from real_model import real_model, texts
 
 LENGTH, SEQUENCES, EVALUATED = 512, 48, 24  # tokens; sequences to learn from, and to evaluate on
@@ -105,13 +104,12 @@ class Bench:
         if name in self.results:
             return
         path = self.work / "arm"
-        cost = self.prune(path, flags)
-        took = {"cpu_seconds": round(cost.cpu_seconds), "memory": round(cost.memory)}
-        self.keep(name, {**self.measure(path), **took})
+        seconds = round(self.prune(path, flags))
+        self.keep(name, {**self.measure(path), "cpu_seconds": seconds})
         shutil.rmtree(path)
 
-    def prune(self, path: Path, flags: tuple[object, ...]) -> Cost:
-        """Prune the parent into a Hugging Face directory, and return what it took."""
+    def prune(self, path: Path, flags: tuple[object, ...]) -> float:
+        """Prune the parent into a Hugging Face directory, and return the seconds of processors it took."""
         places = {name.upper(): prefixes[0] for name, prefixes in self.texts.items()}
         if "SCORES" in flags:
             places["SCORES"] = self.scores()
@@ -121,7 +119,7 @@ class Bench:
             "--min-scores-tokens", 1, *words,
         )  # fmt: skip
 
-    def other(self, name: str, packages: Path) -> None:
+    def other(self, name: str, packages: Path | None) -> None:
         """Do an arm of another way, unless it is done."""
         if name in self.results:
             return
@@ -132,13 +130,13 @@ class Bench:
             self.prune(path, ARMS[f"ffn {ffn}, contribution"])
             way = ("slicegpt", "--load", path)
         valid = [f"{text}={prefix}" for text, (_, prefix) in self.texts.items()]
-        cost = command(
+        command(
             "benchmarks/other_ways.py", *way, "--hidden-size", WIDTH[1], "--data", self.texts["english"][0],
             "--sequences", SEQUENCES, "--sequence-length", LENGTH, "--valid", *valid, "--valid-sequences", EVALUATED,
             "--json", found,
         )  # fmt: skip
-        took = {"cpu_seconds": round(cost.cpu_seconds), "memory": round(cost.memory)}
-        self.keep(name, {**json.loads(found.read_text()), **took})
+        self.keep(name, json.loads(found.read_text()))
+        shutil.rmtree(path, ignore_errors=True)
 
     def measure(self, path: Path) -> dict[str, float]:
         """Return a model's parameters and its perplexity on each text."""
@@ -205,13 +203,13 @@ def main() -> None:
         if args.only in name:
             bench.arm(name, flags)
     for name in OTHERS:
-        if args.only in name and args.packages:
+        if args.only in name and (args.packages or name != OTHERS[0]):
             bench.other(name, args.packages)
     done = {name: bench.results[name] for name in (*OTHERS, *ARMS) if name in bench.results}
-    rows = [["arm", "parameters", "english", "code", "CPU seconds", "MB"]]
+    rows = [["arm", "parameters", "english", "code", "CPU seconds"]]
     for name, one in {"parent": bench.results["parent"], **done}.items():
         rows.append([name, f"{one['parameters']:,}", *(f"{one[text]:.1f}" for text in ("english", "code")),
-                     *(f"{one[cost]:,}" if cost in one else "" for cost in ("cpu_seconds", "memory"))])  # fmt: skip
+                     f"{one['cpu_seconds']:,}" if "cpu_seconds" in one else ""])  # fmt: skip
     show(rows)
     draw(args.figure, bench.results["parent"], done)
     write_results(
