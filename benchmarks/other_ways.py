@@ -2,11 +2,11 @@
 
     python benchmarks/other_ways.py WAY --load PARENT --data PREFIX --valid english=PREFIX code=PREFIX --json FILE
 
-`slicegpt` is SliceGPT as published (arXiv 2401.15024): each block has a rotation of its own, by the principal
-components of its inputs on the text, so that there is a matrix in each skip connection, two a layer; the ffn stays, and
-so does the input of the output layer. `minitron` is nvidia-modelopt's pruning of Megatron's model by activations (arXiv
-2407.14679), which wants TransformerEngine's layers: on a CPU the tests' stand-in gives them. `--packages` is a folder
-with it:
+`slicegpt` is SliceGPT, written anew after its description (arXiv 2401.15024): each block has a rotation of its own, by
+the principal components of its inputs on the text, so that there is a matrix in each skip connection, two a layer; the
+ffn stays, and so does the input of the output layer. `minitron` is nvidia-modelopt's pruning of Megatron's model by
+activations (arXiv 2407.14679), which wants TransformerEngine's layers: on a CPU the tests' stand-in gives them.
+`--packages` is a folder with it:
 
     pip install --no-deps --target FOLDER nvidia-modelopt==0.47.0 "pulp<3" omegaconf antlr4-python3-runtime==4.9.3 \\
         nvidia-ml-py rich pydantic pydantic_core annotated_types typing_inspection scipy ninja markdown-it-py mdurl

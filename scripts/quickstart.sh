@@ -7,7 +7,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 RUNS=${RUNS:-$HERE/runs/quickstart} # everything lands here
 SEQUENCES=${SEQUENCES:-128}         # sequences of text to reconstruct by
-TRAIN_ITERS=${TRAIN_ITERS:-80}     # steps of continued pretraining
+TRAIN_ITERS=${TRAIN_ITERS:-80}      # steps of continued pretraining
 TP=${TP:-} # empty: 2, or 1 where there is one GPU
 
 source "$HERE/scripts/common.sh"
