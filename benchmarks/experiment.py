@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -212,19 +213,46 @@ def environment(**settings: object) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in settings.items()}}
 
 
-def command(program: str, *words: object) -> float:
-    """Run one of the project's programs and return the seconds of processors it took, or end with what it said."""
+@dataclass(frozen=True)
+class Cost:
+    """What a command took: seconds of wall clock and of processors, and peak megabytes of anonymous memory."""
+
+    wall: float
+    cpu: float
+    anonymous: float
+
+
+def command(program: str, *words: object) -> Cost:
+    """Run one of the project's programs and return what it took, or end with what it said."""
+    return measure([sys.executable, str(ROOT / program), *map(str, words)])
+
+
+def measure(words: Sequence[str]) -> Cost:
+    """Run a command and return what it took, its children included, or end with what it said."""
+    start, peak = time.perf_counter(), 0.0
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, ROOT / program, *map(str, words)],
-            env=environment(), stdout=subprocess.DEVNULL, stderr=log,
-        )  # fmt: skip
-        _, status, usage = os.wait4(process.pid, 0)
+        env = environment(PYTHONDONTWRITEBYTECODE="")
+        process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=log)
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            # The kernel's own peak, ru_maxrss, starts at what this process held when it started that one.
+            peak = max(peak, _anonymous(process.pid))
+            time.sleep(min(max(0.005, (time.perf_counter() - start) / 1000), 0.25))
+        wall, (_, status, usage) = time.perf_counter() - start, ended
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             log.seek(0)
-            raise SystemExit(f"error: {program} failed:\n{log.read()[-2000:].decode(errors='replace')}")
-    return usage.ru_utime + usage.ru_stime
+            raise SystemExit(f"error: {words[1]} failed:\n{log.read()[-2000:].decode(errors='replace')}")
+    return Cost(wall, usage.ru_utime + usage.ru_stime, peak)
+
+
+def _anonymous(pid: int) -> float:
+    """Return the megabytes of anonymous memory of a process and its children; 0 when it has gone."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (OSError, ValueError):
+        return 0.0
+    return int(lines.get("RssAnon", "0").split()[0]) / 1024 + sum(_anonymous(int(child)) for child in children)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -9,7 +9,8 @@ in their names. Prints a table, and writes benchmarks/results/reconstruction.jso
 tables of docs/en/reconstruct.md, and draws assets/reconstruction.png.
 
 The results are JSON: `benchmark`, `machine`, `model`, `length` (tokens of a sequence), `parent` and `arms`: of each its
-`parameters`, perplexity on `english` and `code`, and the `cpu_seconds` of prune_llama.py.
+`parameters`, perplexity on `english` and `code`, and the `cpu_seconds` and peak `megabytes` (of anonymous memory, the
+pages of mapped files not counted) of prune_llama.py.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import math
 import shutil
 from pathlib import Path
 
-from experiment import RESULTS, ROOT, command, machine, show, write_results
+from experiment import RESULTS, ROOT, Cost, command, machine, show, write_results
 from real_model import real_model, texts
 
 LENGTH, SEQUENCES, EVALUATED = 512, 48, 24  # tokens; sequences to learn from, and to evaluate on
@@ -34,6 +35,7 @@ REBUILT = (
     "--sequence-length",
     LENGTH,
 )
+INFLUENCE = ("--layer-criterion", "block_influence", "--scores", "SCORES")
 ROTATED = ("--rotate-hidden", "--untie")
 FIXED = ("--ridge", 0.01)
 MIXED = ("0.5", "ENGLISH", "0.5", "CODE")
@@ -64,17 +66,21 @@ ARMS: dict[str, tuple[object, ...]] = {
     "rotated, reconstructed on both texts, untied": replaced((*WIDTH, *REBUILT, *ROTATED), data_path=MIXED),
     "reconstructed, 16 sequences": replaced((*WIDTH, *REBUILT), sequences=16),
     "reconstructed, 192 sequences": replaced((*WIDTH, *REBUILT), sequences=192),
-    "depth 24 of 30, block influence": (
-        "--num-layers-remain", 24, "--layer-criterion", "block_influence", "--scores", "SCORES",
-    ),
-    "depth 24 of 30, reconstructed": ("--num-layers-remain", 24, *REBUILT),
+    **{f"depth {depth} of 30, {how}": ("--num-layers-remain", depth, *flags)
+       for depth in (27, 24, 21, 15)
+       for how, flags in {"block influence": INFLUENCE, "reconstructed": REBUILT}.items()},
     "ffn 1152, contribution": ("--ffn-hidden-size-remain", 1152, *CONTRIBUTION, "--scores", "SCORES"),
     "ffn 1152, reconstructed": ("--ffn-hidden-size-remain", 1152, *REBUILT),
     "hidden 540, ffn 1440, reconstructed": ("--hidden-size-remain", 540, "--ffn-hidden-size-remain", 1440, *REBUILT),
+    "hidden 540, ffn 1440, depth 27, reconstructed": (
+        "--hidden-size-remain", 540, "--ffn-hidden-size-remain", 1440, "--num-layers-remain", 27, *REBUILT,
+    ),
     "hidden 504, ffn 1344, reconstructed": ("--hidden-size-remain", 504, "--ffn-hidden-size-remain", 1344, *REBUILT),
     "hidden 396, ffn 960, reconstructed": ("--hidden-size-remain", 396, "--ffn-hidden-size-remain", 960, *REBUILT),
 }  # fmt: skip
 
+
+COSTS = {"cpu_seconds": "CPU seconds", "megabytes": "MB"}  # of prune_llama.py, where they were measured
 
 OTHERS = ("nvidia-modelopt 0.47, activation", "SliceGPT with its matrices, ffn by contribution")  # of other_ways.py
 
@@ -104,12 +110,12 @@ class Bench:
         if name in self.results:
             return
         path = self.work / "arm"
-        seconds = round(self.prune(path, flags))
-        self.keep(name, {**self.measure(path), "cpu_seconds": seconds})
+        cost = self.prune(path, flags)
+        self.keep(name, {**self.measure(path), "cpu_seconds": round(cost.cpu), "megabytes": round(cost.anonymous)})
         shutil.rmtree(path)
 
-    def prune(self, path: Path, flags: tuple[object, ...]) -> float:
-        """Prune the parent into a Hugging Face directory, and return the seconds of processors it took."""
+    def prune(self, path: Path, flags: tuple[object, ...]) -> Cost:
+        """Prune the parent into a Hugging Face directory, and return what it took."""
         places = {name.upper(): prefixes[0] for name, prefixes in self.texts.items()}
         if "SCORES" in flags:
             places["SCORES"] = self.scores()
@@ -206,10 +212,10 @@ def main() -> None:
         if args.only in name and (args.packages or name != OTHERS[0]):
             bench.other(name, args.packages)
     done = {name: bench.results[name] for name in (*OTHERS, *ARMS) if name in bench.results}
-    rows = [["arm", "parameters", "english", "code", "CPU seconds"]]
+    rows = [["arm", "parameters", "english", "code", *(heading for _, heading in COSTS.items())]]
     for name, one in {"parent": bench.results["parent"], **done}.items():
         rows.append([name, f"{one['parameters']:,}", *(f"{one[text]:.1f}" for text in ("english", "code")),
-                     f"{one['cpu_seconds']:,}" if "cpu_seconds" in one else ""])  # fmt: skip
+                     *(f"{one[cost]:,}" if cost in one else "" for cost in COSTS)])  # fmt: skip
     show(rows)
     draw(args.figure, bench.results["parent"], done)
     write_results(

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from experiment import environment
+from experiment import Cost, measure
 
 from megatron.pruning.model.config import LlamaConfig
 from megatron.pruning.model.hf_config import config_to_hf
@@ -101,16 +101,6 @@ CASES = (
 
 
 @dataclass
-class Cost:
-    """What a command took: seconds of wall clock and of processor, and peak megabytes of anonymous and all memory."""
-
-    wall: float
-    cpu: float
-    anonymous: float
-    resident: float
-
-
-@dataclass
 class Result:
     """The rounds of one case."""
 
@@ -159,37 +149,6 @@ def make_hf(path: Path, config: LlamaConfig, sparse: bool) -> None:
         file.write(path, Progress("", file.nbytes, show=False))
 
 
-def measure(command: Sequence[str], log: Path) -> Cost:
-    """Run a command to its end and return what it took. Raises RuntimeError, with the end of its log, when it fails."""
-    env = environment(PYTHONDONTWRITEBYTECODE="")
-    start, before = time.perf_counter(), os.times()
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
-    peaks = [0.0, 0.0]
-    while process.poll() is None:
-        found = _memory(process.pid)
-        peaks = [max(pair) for pair in zip(peaks, found, strict=True)]
-        time.sleep(0.005)
-    wall, after = time.perf_counter() - start, os.times()
-    if process.returncode:
-        raise RuntimeError(f"{command} failed: {log.read_text()[-2000:]}")
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return Cost(wall, cpu, *peaks)
-
-
-def _memory(pid: int) -> tuple[float, float]:
-    """Return anonymous and resident megabytes of a process and its children; zeros when it has gone."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except (OSError, ValueError):
-        return 0.0, 0.0
-    own = [float(lines.get(name, "0").split()[0]) / 1024 for name in ("RssAnon", "VmRSS")]
-    for child in children:
-        own = [a + b for a, b in zip(own, _memory(int(child)), strict=True)]
-    return own[0], own[1]
-
-
 def warm(path: Path) -> None:
     """Read all files of a directory, so that they lie in the page cache as far as it holds them."""
     for file in sorted(path.rglob("*")):
@@ -233,7 +192,7 @@ class Bench:
             hf = self.top / "source-hf"
             make_hf(hf, self.config, self.sparse)
             if format != "hf":
-                measure(Case("make", "hf", format).command(hf, path, ()), self.top / "log")
+                measure(Case("make", "hf", format).command(hf, path, ()))
                 shutil.rmtree(hf)
         return path
 
@@ -243,14 +202,14 @@ class Bench:
         kept, target = self.top / "kept", self.top / "target"
         for _ in range(self.repeat):
             warm(source)
-            result.ours.append(measure(case.command(source, kept, self.remain), self.top / "log"))
+            result.ours.append(measure(case.command(source, kept, self.remain)))
             result.gigabytes = size(kept) / 1e9
             for seconds, durable in ((result.copy, False), (result.durable_copy, True)):
                 seconds.append(copy_seconds(kept, target, durable))
             if case.peer and self.peers:
                 warm(source)
                 command = [sys.executable, str(PEERS), case.peer, str(source), str(kept), str(target)]
-                result.peer.append(measure(command, self.top / "log"))
+                result.peer.append(measure(command))
                 shutil.rmtree(target)
             shutil.rmtree(kept)
         return result
@@ -258,7 +217,7 @@ class Bench:
     def run_sparse(self, case: Case) -> Result:
         """Run a case once, on input that takes no disk; there is nothing to compare it to."""
         source, target = self.source(case.source), self.top / "target"
-        cost = measure(case.command(source, target, self.remain), self.top / "log")
+        cost = measure(case.command(source, target, self.remain))
         result = Result(case, size(target) / 1e9, [cost])
         shutil.rmtree(target)
         return result
