@@ -121,8 +121,10 @@ class Minitron:
     def _engine_model(self, parent: Checkpoint) -> Any:
         from megatron.pruning.training import cpu_device
 
-        cpu_device.install()
         sys.path.insert(0, str(ROOT / "tests" / "te_stand_in"))
+        import transformer_engine  # noqa: F401 - before it is hidden for want of a GPU
+
+        cpu_device.install()
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.training.models.gpt import GPTModelBuilder, default_layer_spec
 

@@ -6,6 +6,7 @@ The project's own stand-in for the device stays underneath, but says that it is 
 bf16 and nccl among them (gloo takes nccl's place), and nothing is refused for want of a GPU.
 """
 
+import contextlib
 import functools
 import runpy
 import sys
@@ -20,12 +21,19 @@ from megatron.pruning.training import cpu_device
 
 def install() -> None:
     """Let this process take itself for one with a GPU; before Megatron is imported or after, before it joins others."""
+    keep_transformer_engine()
     cpu_device.install()
     cpu_device.install = cpu_device.is_installed = lambda: False
     for name in ("init_process_group", "new_group"):
         stand_in = _with_gloo(getattr(dist, name))
         setattr(dist, name, stand_in)
         setattr(distributed_c10d, name, stand_in)
+
+
+def keep_transformer_engine() -> None:
+    """Import it, or the stand-in for it, where there is one: without a GPU it would be hidden from Megatron."""
+    with contextlib.suppress(ImportError):
+        import transformer_engine  # noqa: F401
 
 
 def _with_gloo(function: Any) -> Any:

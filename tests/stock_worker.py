@@ -189,6 +189,7 @@ def read_sources_once() -> None:
 if __name__ == "__main__":
     root = Path(__file__).resolve().parents[1]
     sys.path += [str(root / folder) for folder in (".", "tools", "tools/checkpoint_conversion")]
+    gpu_stand_in.keep_transformer_engine()
     # Before the forks, which then have them: the loop, and what each rank would import for a second.
     ours = "megatron.pruning.training"
     for module in ("pretrain_gpt", "score_importance", f"{ours}.record_scores", f"{ours}.reconstruct_checkpoint"):

@@ -58,9 +58,9 @@ def test_losses_are_those_after_a_conversion_and_a_resumed_run_has_them_too(name
         where = {"LOAD_PATH": start, "SAVE_PATH": tmp_path / f"from-{start.name}", "DATA_PATH": tmp_path / "data"}
         layout = {"TP": case.tensor, "PP": case.pipeline}
         words[start.name] = " ".join(check_model(tmp_path, **SETTINGS, **where, **layout)[1]) + f" {case.flags}"
-    wanted = loop.run("wanted", words["converted"], ranks).ok()
-    first = loop.run("first", f"{words['hf']} --exit-interval 2", ranks).ok()
-    resumed = loop.run("resumed", words["hf"], ranks).ok()
+    wanted = loop.run("wanted", words["converted"], ranks, gpu=case.te).ok()
+    first = loop.run("first", f"{words['hf']} --exit-interval 2", ranks, gpu=case.te).ok()
+    resumed = loop.run("resumed", words["hf"], ranks, gpu=case.te).ok()
     assert re.search(r"distributed_timeout_minutes \.+ 60\n", first.log), "reading weights takes time"
     assert len(wanted.losses) == 3 and first.losses | resumed.losses == wanted.losses
     assert sorted(first.losses) == [1, 2] and sorted(resumed.losses) == [3]

@@ -1,8 +1,11 @@
 """A machine with GPUs and TransformerEngine, both stood in for: its layers and the local ones go on from each other."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT, environment, python_path
 from helpers import make_llama
 from stock_loop import Run, StockLoop
 from test_training import DATA, MODEL, TRAINING, folder  # noqa: F401 - a fixture
@@ -52,6 +55,21 @@ def test_layers_of_either_kind_resume_the_others_training(
     for run, steps in ((theirs, range(5, 9)), (ours, range(7, 9))):
         found = {step: run.losses[step] for step in steps}
         assert found == pytest.approx({step: whole[format].losses[step] for step in steps}, abs=1e-4)
+
+
+def test_a_machine_that_has_it_and_no_gpu_trains_without(
+    whole: dict[str, Run],
+    folder: Path,  # noqa: F811
+) -> None:
+    """As a login node: Megatron takes its Adam, whose kernels are CUDA's, wherever it can be imported."""
+    words = f"{MODEL} {TRAINING} {SHORT} {DATA} --exit-interval 2".split()
+    program, path = str(ROOT / "pretrain_gpt.py"), python_path(ROOT / "tests/te_stand_in")
+    done = subprocess.run(
+        [sys.executable, program, *words], cwd=folder, env=environment(PYTHONPATH=f"{ROOT}:{path}"), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    losses = Run(done.returncode, done.stdout).ok().losses
+    assert losses == {step: whole["torch"].losses[step] for step in (1, 2)}
 
 
 def test_converted_torch_dist_loads_into_its_layers(

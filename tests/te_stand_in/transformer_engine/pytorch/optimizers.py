@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from megatron.pruning.training import cpu_device
+
 
 class FusedAdam(torch.optim.Optimizer):
     def __init__(
@@ -17,6 +19,7 @@ class FusedAdam(torch.optim.Optimizer):
         **more: Any,
     ) -> None:
         assert bias_correction and more.get("adam_w_mode", True)
+        assert not cpu_device.is_installed(), "its kernels are CUDA's"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def initialize_state(self, param: torch.Tensor, store_param_remainders: bool = False) -> None:
