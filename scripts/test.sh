@@ -9,4 +9,4 @@ cd "$ROOT"
 export PYTHONDONTWRITEBYTECODE=
 # One more than there are cores, and at most 4: many tests wait for processes of their own.
 workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
-"$PYTHON" -m pytest --numprocesses "$workers" --dist loadfile "$@"
+"$PYTHON" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"

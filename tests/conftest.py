@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,22 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytest.register_assert_rewrite("helpers")
 
+SECONDS = {"pages": 1000.0, "slow": 8.0, "": 0.2}  # that a test takes, by its mark: a guess, to tell what to begin with
+
 from commands import ROOT  # noqa: E402, F401 - two are for tests that ask for them here
 from helpers import EACH_SHAPE, load_whole, make_llama  # noqa: E402, F401 - two are for tests that ask for them here
+
+
+@pytest.hookimpl(trylast=True)  # after others have left out what is not asked for
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: a process has a file for its own, and the last one is waited for.
+
+    The commands of the pages are also the first in theirs: what a process has next is taken from the others early.
+    """
+    files = Counter[Path]()
+    for item in items:
+        files[item.path] += max(time for mark, time in SECONDS.items() if not mark or item.get_closest_marker(mark))
+    items.sort(key=lambda item: (files[item.path], item.get_closest_marker("pages") is not None), reverse=True)
 
 
 def pytest_collection_finish() -> None:
