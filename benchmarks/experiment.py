@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 PARENT = ROOT / "assets" / "tiny-llama"
 TOKENIZER = PARENT / "tokenizer.model"
 SEQUENCE, BATCH = 256, 4  # tokens, sequences a step
+SCORED = 512  # sequences that the parent is scored on, and reconstructed
 EVALUATED = 65_536  # tokens of the validation text, from its start
 VALIDATION = "valid_text_document"
 
@@ -98,12 +99,12 @@ class Experiment:
             )  # fmt: skip
 
     def scores(self) -> Path:
-        """Return the parent's scores over 512 sequences of the training text."""
+        """Return the parent's scores over SCORED sequences of the training text."""
         file = self.work / "parent.scores"
         if not file.exists():
             command(
                 "tools/score_importance.py", "--load", self.parent, "--data", self.text() / "train_text_document",
-                "--save", file, "--sequences", 512, "--sequence-length", self.sequence,
+                "--save", file, "--sequences", SCORED, "--sequence-length", self.sequence,
             )  # fmt: skip
         return file
 

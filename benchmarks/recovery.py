@@ -3,20 +3,20 @@
     python benchmarks/recovery.py --work-dir runs/recovery      # some hours on two cores
     python benchmarks/recovery.py --family 100m --text TEXT     # on a GPU, in bf16
 
-A parent is trained from random weights. It is pruned to about half, by random and by activation scores, and trained on
-with the language-model loss and with distillation from the parent, each on a tenth of the tokens that the parent was
-trained on. The small shape starts from random weights, too, and gets all of them. Three seeds; the learning rate of
-each arm is tuned in shorter runs of its own, by factors of two until both neighbours of the best are worse (the parent
-takes that of the small shape). Prints a table, with how many tokens from scratch each arm is worth, writes
-benchmarks/results/recovery-FAMILY.json, from which docs/tables.py makes the table of docs/en/recover.md, and draws
-assets/loss.png and assets/loss_vs_scratch.png. With --parent, that checkpoint of the family's shape is pruned instead;
-the tokens are the family's.
+A parent is trained from random weights. It is pruned to about half, by random, by activation scores, and by
+contribution with rotation and reconstruction, and trained on with the language-model loss and with distillation from
+the parent, each on a tenth of the tokens that the parent was trained on. The small shape starts from random weights,
+too, and gets all of them. Three seeds; the learning rate of each arm is tuned in shorter runs of its own, by factors of
+two until both neighbours of the best are worse (the parent takes that of the small shape). Prints a table, with how
+many tokens from scratch each arm is worth, writes benchmarks/results/recovery-FAMILY.json, from which docs/tables.py
+makes the table of docs/en/recover.md, and draws assets/loss.png and assets/loss_vs_scratch.png. With --parent, that
+checkpoint of the family's shape is pruned instead; the tokens are the family's.
 
 The results are JSON: `benchmark`, `family`, `machine`, `seeds` (their number), `step_tokens`, `parameters` of the
 parent and of the pruned model, `parent` (its validation loss in nats), and `arms`, from the name of an arm to its
-`learning_rate`, its `loss` after each number of tokens (a `mean` and, of several seeds, a `deviation`), and what it is
-`worth`: the `tokens` with which the small shape comes to the same loss from a random start, and whether it is `about`
-so many, `more than` all that were tried, or `less than` the fewest.
+`learning_rate`, its `loss` after each number of tokens, of a pruned one from 0 on (a `mean` and, of several seeds, a
+`deviation`), and what it is `worth`: the `tokens` with which the small shape comes to the same loss from a random
+start, and whether it is `about` so many, `more than` all that were tried, or `less than` the fewest.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiment import RESULTS, ROOT, Experiment, Run, machine, show, spread, spread_text, write_results
+from experiment import RESULTS, ROOT, SCORED, Experiment, Run, machine, show, spread, spread_text, write_results
 
 from megatron.pruning.formats import open_checkpoint
 
@@ -63,7 +63,9 @@ PRUNE_FLAGS = {
 MARKS = (0.02, 0.05, 0.1)  # shares of the parent's tokens at which the pruned arms are measured; the last is all
 SCRATCH_MARKS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 SCRATCH = "from scratch"
-PRUNED = ("random, LM loss", "random, distillation", "activation, LM loss", "activation, distillation")
+PRUNED = tuple(
+    f"{how}, {loss}" for how in ("random", "activation", "reconstructed") for loss in ("LM loss", "distillation")
+)
 PARENT = "the parent"  # one seed, at the learning rate from scratch
 CONTROL = "the parent, trained on"  # one seed, at the learning rate of the first pruned arm
 FIRST_RATES = (1e-3, 2e-3)
@@ -112,6 +114,8 @@ def main() -> None:
     for (arm, _), by_step in losses.items():
         for step, loss in by_step.items():
             curves.setdefault(arm, {}).setdefault(step * plan.step_tokens, []).append(loss)
+    for arm in PRUNED:
+        curves[arm] = {0: plan.before(arm, args.seeds), **curves[arm]}
     parent = experiment.evaluate("parent", experiment.parent)
     arms = summary(curves, rates)
     print(f"\nparent: {parent:.3f}; mean ± standard deviation over seeds\n")
@@ -159,7 +163,16 @@ class Plan:
         if arm.startswith("activation"):
             scores = ("--criterion", "activation", "--scores", experiment.scores(), "--no-correct-norms")
             return experiment.prune("activation", *shape, *scores)
+        if arm.startswith("reconstructed"):
+            text = ("--data-path", experiment.text() / "train_text_document", "--sequence-length", family.sequence)
+            how = ("--criterion", "contribution", "--rotate-hidden", "--reconstruct", "--sequences", SCORED)
+            return experiment.prune("reconstructed", *shape, *how, *text)
         return experiment.prune(f"random-{seed}", *shape, "--seed", seed)
+
+    def before(self, arm: str, seeds: Sequence[int]) -> list[float]:
+        """Return the loss with which an arm starts, by seed."""
+        starts = [self.start(arm, seed) for seed in seeds]
+        return [self.experiment.evaluate(f"{start.name}@0", start) for start in starts]
 
     def compare_shapes(self, seed: int) -> None:
         """End the program where pruned models are not of the shape that starts from scratch."""
@@ -245,9 +258,10 @@ def figure(curves: dict[str, dict[int, list[float]]], parent: float, title: str,
 
     canvas, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for arm, marks in curves.items():
-        tokens: Sequence[float] = [count / 1e6 for count in marks]
-        spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in marks.values()]
-        axes.errorbar(tokens, [np.mean(values) for values in marks.values()], spread, marker="o", capsize=3, label=arm)
+        drawn = {count / 1e6: values for count, values in marks.items() if count or scale == "linear"}
+        spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in drawn.values()]
+        means = [np.mean(values) for values in drawn.values()]
+        axes.errorbar(list(drawn), means, spread, marker="o", capsize=3, label=arm)
     axes.axhline(parent, color="0.5", linestyle="--", label="parent")
     axes.set(xlabel="million tokens", ylabel="validation loss (nats a token)", title=title, xscale=scale)
     axes.margins(y=0.06)

@@ -179,7 +179,7 @@ def recovery() -> None:
     """Print the table of benchmarks/recovery.py."""
     found = _read(RESULTS / "recovery-tiny.json")
     marks = sorted({int(tokens) for arm in found["arms"].values() for tokens in arm["loss"]})
-    counts = (f"{tokens / 1e6:.2f}M" for tokens in marks)
+    counts = (f"{tokens / 1e6:.2f}M" if tokens else "0" for tokens in marks)
     rows = [[said("tokens"), *counts, said("learning rate"), said("worth from scratch")]]
     for name, arm in found["arms"].items():
         cells = [_spread(arm["loss"][str(tokens)]) if str(tokens) in arm["loss"] else "" for tokens in marks]
