@@ -43,11 +43,9 @@ DATA_PATH="$RUNS/data/train_text_document" DROP_LAYERS='' bash "$ROOT/scripts/pr
 
 say "5/9 train on: $TRAIN_ITERS steps of the stock Megatron loop"
 rm -rf "$RUNS/recovered"
-# Each validation is one pass over all of its text, which Megatron makes for a list of texts alone (of which this is the
-# first, 0), and a sequence at a time: there is one in the middle, and at the end the loop makes its own. One copy of the
-# model trains, however many GPUs there are.
-GPUS_PER_NODE=$TP EVAL_INTERVAL=$((TRAIN_ITERS / 2 + 1)) bash "$ROOT/scripts/check_model.sh" --full-validation \
-    --multiple-validation-sets --eval-micro-batch-size 1 --eval-global-batch-size 1
+# There is a validation in the middle, and at the end the loop makes its own. One copy of the model trains, however many
+# GPUs there are.
+GPUS_PER_NODE=$TP EVAL_INTERVAL=$((TRAIN_ITERS / 2 + 1)) bash "$ROOT/scripts/check_model.sh" --full-validation
 
 say "6/9 transfer: tensor parallel $TP -> 1"
 TP=1 bash "$ROOT/scripts/transfer.sh" --overwrite

@@ -56,6 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 DATA = "--train-data-path data --data-cache-path cache"
 
 
+VALIDATION_LOSS = r"validation-0 loss at iteration .*lm loss value: (\S+)"
+
+
 @pytest.fixture(scope="module")
 def forker(folder: Path) -> StockLoop:
     """Make the stock loop in the folder."""
@@ -157,12 +160,17 @@ def test_validation_over_all_of_its_text_in_batches_of_its_own_is_alike_in_layou
 ) -> None:
     write_documents(folder / "valid", *np.random.default_rng(1).integers(0, 62, size=(9, 100)))
     words = f"{MODEL} {TRAINING} {DATA} --load dist --ckpt-step {SAVED} --exit-interval {SAVED + 1} --eval-interval 1"
-    words += " --valid-data-path valid --full-validation --multiple-validation-sets"
-    words += " --eval-micro-batch-size 1 --eval-global-batch-size 1"
-    runs = [forker.run("valid_1", words), forker.run("valid_2", f"{words} --tensor-model-parallel-size 2", ranks=2)]
-    losses = [re.findall(r"validation-0 loss at iteration .*lm loss value: (\S+)", run.ok().log) for run in runs]
-    assert len(losses[0]) == 1
-    assert float(losses[1][0]) == pytest.approx(float(losses[0][0]), abs=1e-4)
+    words += " --valid-data-path valid --full-validation"
+    layouts = {"alone": (1, ""), "tensor": (2, "--tensor-model-parallel-size 2"), "copies": (2, "")}
+    runs = {name: forker.run(f"valid_{name}", f"{words} {flags}", ranks) for name, (ranks, flags) in layouts.items()}
+    found = {name: re.findall(VALIDATION_LOSS, run.ok().log) for name, run in runs.items()}
+    assert [len(losses) for losses in found.values()] == [1, 1, 1]
+    losses = {name: float(loss) for name, (loss,) in found.items()}
+    assert losses == pytest.approx(dict.fromkeys(losses, losses["alone"]), abs=1e-4)
+    for size, other, right in (("micro", 4, 1), ("global", 1, 2)):
+        flag = f"--eval-{size}-batch-size {other}"
+        refused = forker.run(f"valid_{size}", f"{words} {flag}", ranks=2)
+        assert f"of which there are 2: {flag} must be {right}, or left out" in refused.error
 
 
 UNFUSED = "--spec megatron.pruning.training.local_layers unfused_layers"

@@ -20,6 +20,7 @@ from megatron.training.utils import print_rank_0
 from megatron.pruning.model.megatron_args import flag_of
 from megatron.pruning.training import cpu_device
 
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")  # of a copy
 _PERCENT = re.compile(r"%%|%(?!\()")  # as argparse wants one, or as a sign; not that of %(default)s
 
 
@@ -103,6 +104,7 @@ def refuse_impossible(args: argparse.Namespace) -> None:
     _refuse_missing(args)
     _go_without_validation(args)
     _refuse_layout(args)
+    _validate_whole(args)
     _refuse_warm_up(args)
     _refuse_distillation(args)
     _give_time(args)
@@ -132,6 +134,26 @@ def _go_without_validation(args: argparse.Namespace) -> None:
         args.eval_iters = 0
 
 
+def _validate_whole(args: argparse.Namespace) -> None:
+    """Have --full-validation go over its text once: stock can do that with these settings alone, and has others.
+
+    Its sampler gives each copy of the model a sequence at a time, whatever the sizes say: with other sizes the ranks of
+    a copy wait for each other in vain, or the text is read several times. It does so for a list of texts.
+    """
+    if not args.full_validation:
+        return
+    args.multiple_validation_sets = True
+    copies = args.world_size // math.prod(getattr(args, name) for name in LAYOUT)
+    for name, wanted in (("eval_micro_batch_size", 1), ("eval_global_batch_size", copies)):
+        given = getattr(args, name)
+        if given not in (None, wanted):
+            raise ValueError(
+                f"--full-validation takes a sequence at a time on each copy of the model, of which there are {copies}: "
+                f"{flag_of(name)} {given} must be {wanted}, or left out"
+            )
+        setattr(args, name, wanted)
+
+
 def _give_time(args: argparse.Namespace) -> None:
     """Let ranks wait while others read the weights to start from or a teacher's, unless the user has said how long.
 
@@ -143,8 +165,7 @@ def _give_time(args: argparse.Namespace) -> None:
 
 
 def _refuse_layout(args: argparse.Namespace) -> None:
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    sizes = {name: getattr(args, name) for name in names if name != names[2] or args.context_parallel_size > 1}
+    sizes = {name: getattr(args, name) for name in LAYOUT if name != LAYOUT[2] or args.context_parallel_size > 1}
     replica = math.prod(sizes.values())
     if args.world_size % replica:
         product = " x ".join(f"{flag_of(name)} {size}" for name, size in sizes.items())
