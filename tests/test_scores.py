@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source = convert(top / shape, top / f"{name}-source", **on_disk) if on_disk else top / shape
         words = f"--load {source} --data {top / 'text'} --save {top / name}.scores --sequence-length {LENGTH} "
         words += f"--sequences {SEQUENCES} "
-        words += "--layer-by-layer " if "layered" in name else f"--layer-loss {LOSSES} "
+        words += f"--layer-loss {LOSSES} {'--layer-by-layer ' if 'layered' in name else ''}"
         words += f"--tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {pipeline}"
         cases.append({"name": name, "words": words.split(), "ranks": ranks, "program": "score_importance"})
     half = f"--load {top / 'gqa'} --data {top / 'text'} --save {top / 'bf16'}.scores --dtype bf16 "
@@ -159,12 +159,10 @@ def test_scores_are_those_of_the_definitions_in_every_layout(folder: Path, name:
     tokens = windows(folder / "text", LENGTH, SEQUENCES, open_checkpoint(model), spread=True)
     sums = reference(model, tokens)
     assert found.facts.loss == pytest.approx(float(sums.pop("loss")) / tokens[:, 1:].size, rel=1e-6)
-    if layered := "layered" in name:
-        sums["layer_losses"].zero_()
     for what, expected in sums.items():
         assert np.allclose(found.sums[what], expected, rtol=2e-5, atol=1e-9), what
     assert found.facts.parent == fingerprint(open_checkpoint(model))
-    assert found.tokens == LENGTH * SEQUENCES and found.facts.loss_sequences == (0 if layered else LOSSES)
+    assert found.tokens == LENGTH * SEQUENCES and found.facts.loss_sequences == LOSSES
 
 
 @pytest.mark.slow
@@ -396,7 +394,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         ("--save {here}/gqa-tp1.scores --data {here}/text", "exists: add --overwrite"),
         ("--save {here}/s --data {here}/text --tensor-model-parallel-size 3", "does not divide"),
         ("--save {here}/s --data {here}/other.jsonl", "is not a file"),
-        ("--save {here}/s --data {here}/text --layer-by-layer --layer-loss 1", "that is not cut, and measures no"),
+        ("--save {here}/s --data {here}/text --layer-by-layer --tensor-model-parallel-size 2", "that is not cut"),
     ],
 )
 def test_mistakes_of_a_user_are_said_before_anything_is_built(

@@ -116,11 +116,10 @@ def record(args: argparse.Namespace) -> None:
         raise ValueError(f"--save {args.save} is a directory: name a file")
     if not args.save.parent.is_dir():
         raise ValueError(f"--save {args.save}: there is no directory {args.save.parent}")
-    if args.layer_by_layer and (
-        args.layer_loss or args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1
-    ):
+    if args.layer_by_layer and args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1:
         raise ValueError(
-            "--layer-by-layer is for a model that is not cut, and measures no --layer-loss: leave these out"
+            "--layer-by-layer is for a model that is not cut: leave out --tensor-model-parallel-size and "
+            "--pipeline-model-parallel-size"
         )
     checkpoint = open_checkpoint(args.load, args.iteration, fetch=True)
     # As little padding of the vocabulary as can be: it would take part in the softmax, in each layout another.

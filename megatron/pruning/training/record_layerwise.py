@@ -1,11 +1,13 @@
 """The sums of record_scores.py for a model that no device has room for: its layers, one after the other, in one place.
 
 Some sequences go through a layer before the next one is read from the checkpoint. What is kept of each are its hidden
-states on the device, and in the machine's memory its unit vectors before every layer, of which pairs are compared.
+states on the device, and in the machine's memory its unit vectors before every layer, of which pairs are compared, and,
+where the loss without each layer is wanted, its hidden states without each.
 """
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.scores import Sums
-from megatron.pruning.storage.dtypes import TORCH_NAMES
+from megatron.pruning.storage.dtypes import BYTES, TORCH_NAMES
 from megatron.pruning.storage.processes import is_first
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.layerwise import ROW, Layer, embed, layer_of, tensor_of
@@ -27,24 +29,37 @@ AT_ONCE = 32  # sequences, at most: so often are the weights read once
 _SHARE_OF_MEMORY = 0.25  # for the unit vectors
 
 
-class LayerwiseRecorder(Recorder):
-    """The sums of one process, which reads sequences of its own. It measures no loss without a layer."""
+@dataclass
+class _Reading:
+    """A sequence on its way through the layers; `hidden` is what the next one is given, `[length, 1, hidden size]`."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, length: int) -> None:
+    tokens: torch.Tensor  # [1, length + 1]
+    hidden: torch.Tensor
+    states: list[torch.Tensor]  # its unit vectors before every layer so far, in the machine's memory
+    without: list[torch.Tensor] | None  # `hidden` without each of the layers so far, there too, where that is wanted
+
+
+class LayerwiseRecorder(Recorder):
+    """The sums of one process, which reads sequences of its own, some of them, with `losses`, also without each layer.
+
+    A sequence without a layer goes beside the whole one: up to that layer they are the same.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, length: int, losses: bool = False) -> None:
         self.checkpoint, config = checkpoint, checkpoint.config
         device = torch.device("cuda", torch.cuda.current_device())
         self.layer = Layer(config, getattr(torch, TORCH_NAMES[dtype]), device)
         super().__init__(self.layer.model, config, Layout(vocab_divisor=1), length)
-        self.waiting: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        self.waiting: list[tuple[np.ndarray[Any, np.dtype[np.int64]], bool]] = []
         of_one = (config.num_layers + 1) * min(length, POSITIONS) * config.hidden_size * 4
+        of_one += losses * config.num_layers * length * config.hidden_size * BYTES[dtype]
         room = torch.tensor(_SHARE_OF_MEMORY * free_memory() / processes_here(), device=device)
         torch.distributed.all_reduce(room, torch.distributed.ReduceOp.MIN)  # all processes must do the same
         self.at_once = max(1, min(AT_ONCE, int(room) // of_one))
 
     def sequence(self, window: np.ndarray[Any, np.dtype[np.int64]], layer_losses: bool) -> None:
         """Take one sequence, as Recorder does; it is read with the next ones, or before `collect` returns."""
-        assert not layer_losses
-        self.waiting.append(window)
+        self.waiting.append((window, layer_losses))
         if len(self.waiting) == self.at_once:
             self._read()
 
@@ -58,27 +73,49 @@ class LayerwiseRecorder(Recorder):
         """Bring what waits through all layers."""
         if not self.waiting:
             return
-        tokens = [torch.from_numpy(np.array(window))[None].to(self.device) for window in self.waiting]
-        hidden = [embed(self.checkpoint, one[:, :-1], self.dtype) for one in tokens]
-        kept: list[list[torch.Tensor]] = [[] for _ in tokens]
-        self.watching = True
-        for number in range(self.config.num_layers):
-            self.row = number
-            self.layer.load(layer_of(self.checkpoint, number, self.dtype, self.device))
-            for i, states in enumerate(hidden):
-                self.states = kept[i]
-                self._keep_state(states)
-                hidden[i] = self.layer(states)
-                self.states[-1] = self.states[-1].cpu()
-            self.done(len(tokens) / self.config.num_layers)
+        reading = [self._begin(window, losses) for window, losses in self.waiting]
+        self.waiting = []
+        layers = range(self.config.num_layers)
+        passes = [sum(1 if one.without is None else 1 + layer for one in reading) for layer in layers]
+        for layer in layers:
+            self.row = layer
+            self.layer.load(layer_of(self.checkpoint, layer, self.dtype, self.device))
+            for one in reading:
+                self._take_through(one)
+            self.done(len(reading) * passes[layer] / sum(passes))
         norm, head = self._last()
-        for i, one in enumerate(tokens):
-            self.states = kept[i]
-            logits = norm(hidden[i])[:, 0] @ head.T  # the norm is watched, too
-            self.sums["loss"] += cross_entropy(logits.float(), one[0, 1:], reduction="sum").double()
-            states = torch.stack([state.to(self.device) for state in self.states]).flatten(1)
-            self.sums["layer_cosines"] += states @ states.T
-        self.watching, self.states, self.waiting = False, [], []
+        for one in reading:
+            self._end(one, norm, head)
+
+    def _begin(self, window: np.ndarray[Any, np.dtype[np.int64]], losses: bool) -> _Reading:
+        tokens = torch.from_numpy(np.array(window))[None].to(self.device)
+        return _Reading(tokens, embed(self.checkpoint, tokens[:, :-1], self.dtype), [], [] if losses else None)
+
+    def _take_through(self, one: _Reading) -> None:
+        """Bring a sequence through the layer at hand, which watches the whole one alone."""
+        if one.without is not None:
+            one.without = [self.layer(hidden.to(self.device)).cpu() for hidden in one.without] + [one.hidden.cpu()]
+        self.watching, self.states = True, one.states
+        self._keep_state(one.hidden)
+        one.hidden = self.layer(one.hidden)
+        one.states[-1] = one.states[-1].cpu()
+        self.watching, self.states = False, []
+
+    def _end(self, one: _Reading, norm: Callable[[torch.Tensor], torch.Tensor], head: torch.Tensor) -> None:
+        """Add what is known of a sequence after the last layer."""
+
+        def loss(hidden: torch.Tensor) -> torch.Tensor:
+            logits = norm(hidden.to(self.device))[:, 0] @ head.T
+            return cross_entropy(logits.float(), one.tokens[0, 1:], reduction="sum").double()
+
+        self.watching, self.states = True, one.states  # of the norm's input, too
+        whole = loss(one.hidden)
+        self.watching, self.states = False, []
+        self.sums["loss"] += whole
+        states = torch.stack([state.to(self.device) for state in one.states]).flatten(1)
+        self.sums["layer_cosines"] += states @ states.T
+        if one.without is not None:
+            self.sums["layer_losses"] += torch.stack([*map(loss, one.without), whole])
 
     def _last(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
         """Return the final norm, and the weights of the output layer."""
@@ -92,9 +129,9 @@ def recorder_for(
 ) -> Recorder:
     """Return a recorder for a model, of all of it in `layout`, or of a layer at a time: also where it has no room.
 
-    That one cannot measure the `losses` without each layer.
+    With `losses` it is to measure those without each layer, of some sequences.
     """
-    if layout.tensor * layout.pipeline == 1 and not losses:
+    if layout.tensor * layout.pipeline == 1:
         why = too_large(checkpoint, dtype, "cpu" if cpu_device.is_installed() else "cuda")
         without = torch.tensor(float(bool(why) or layer_by_layer), device="cuda")
         torch.distributed.all_reduce(without)  # all processes must do the same
@@ -102,5 +139,5 @@ def recorder_for(
             print(f"note: {why}: one layer is held at a time", file=sys.stderr)
         layer_by_layer = float(without) > 0
     if layer_by_layer:
-        return LayerwiseRecorder(checkpoint, dtype, length)
+        return LayerwiseRecorder(checkpoint, dtype, length, losses)
     return Recorder(build(checkpoint, layout, dtype), checkpoint.config, layout, length)
