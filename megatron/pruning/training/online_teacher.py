@@ -51,6 +51,8 @@ _TEACHER_ARGS: dict[str, Any] = {
     "overlap_p2p_comm": False,  # which virtual pipelines alone can
     "fp8": None,
     "fp4": None,
+    "fp8_param_gather": False,
+    "fp4_param_gather": False,
     "use_mup": False,
     "spec": None,
     "yaml_cfg": None,

@@ -1,4 +1,4 @@
-"""A stand-in for TransformerEngine on a CPU: its names as of 2.8, without fp8.
+"""A stand-in for TransformerEngine on a CPU: its names as of 2.8. In fp8 it computes as without.
 
 What is the same as there: linears that own the norm before them, an extra state of every module, tensor and sequence
 parallelism, and an Adam that counts steps in its groups. What it computes is torch's, in the dtype of the weights.

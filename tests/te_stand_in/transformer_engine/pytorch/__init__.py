@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from transformer_engine.pytorch import attention, distributed, fp8, optimizers  # noqa: F401
+from transformer_engine.pytorch.fp8 import fp8_autocast, fp8_model_init  # noqa: F401
 
 
 class _Module(torch.nn.Module):
