@@ -26,6 +26,7 @@ replaced, by a rename at the end.
 import argparse
 import logging
 import multiprocessing
+import os
 import signal
 import sys
 from collections import deque
@@ -104,6 +105,8 @@ def main(arguments: Sequence[str]) -> None:
     if not total_bytes:
         raise ValueError(f"--input {' '.join(args.input)} is empty")
 
+    # Importing Megatron would import the compiler of its kernels, of which none runs here, for a second.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     tokenizer = chat_tokenizer(args) if args.chat else text_tokenizer(args)
     if args.append_eod:
         require_eod(tokenizer, args)
