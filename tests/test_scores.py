@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import fingerprint
 from megatron.pruning.plan.plan import Plan
+from megatron.pruning.plan.report import by_layer
 from megatron.pruning.plan.scores import Facts, Scores, read, shapes, write
 from megatron.pruning.training import cpu_device, scoring
 from megatron.pruning.training.tokens import windows
@@ -163,6 +164,17 @@ def test_scores_are_those_of_the_definitions_in_every_layout(folder: Path, name:
         assert np.allclose(found.sums[what], expected, rtol=2e-5, atol=1e-9), what
     assert found.facts.parent == fingerprint(open_checkpoint(model))
     assert found.tokens == LENGTH * SEQUENCES and found.facts.loss_sequences == LOSSES
+
+
+@pytest.mark.slow
+def test_what_is_known_of_each_layer_is_said(folder: Path) -> None:
+    said, found = (folder / "gqa-tp1.log").read_text(), read(folder / "gqa-tp1.scores")
+    for what, values in (
+        ("block influence", found.block_influence), ("rise of the loss without the layer", found.loss_rise),
+    ):  # fmt: skip
+        (line,) = re.findall(rf"{what}, by layer\n   0 (.*)", said)
+        assert [float(value) for value in line.split()] == pytest.approx(values, abs=0.0005)
+    assert [line.split()[0] for line in by_layer("x", [0.0] * 12).splitlines()[1:]] == ["0", "10"]
 
 
 @pytest.mark.slow

@@ -29,6 +29,14 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def by_layer(what: str, values: Sequence[float]) -> str:
+    """Return a number of each layer, ten on a line, which begins with the number of its first layer."""
+    lines = [f"{what}, by layer"]
+    for first in range(0, len(values), 10):
+        lines.append(f"{first:>4}" + "".join(f"{value:8.3f}" for value in values[first : first + 10]))
+    return "\n".join(lines)
+
+
 def cost_of_choice(plan: Plan) -> str:
     """Return what it costs that something was chosen as it was; empty where little, or where nothing was chosen."""
     chosen = any(plan.sizes[axis] != plan.parent_sizes[axis] for axis in CHOSEN)

@@ -11,6 +11,7 @@ import torch
 
 from megatron.pruning.model.axes import PRUNABLE
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
+from megatron.pruning.plan.report import by_layer
 from megatron.pruning.plan.scores import Facts, Scores, read, shapes, write
 from megatron.pruning.storage.processes import is_first
 from megatron.pruning.storage.progress import Progress
@@ -72,8 +73,9 @@ def score(save: Path, empty: Scores, recorder: "Recorder", text: Tokens, copies:
     if is_first():
         partial.replace(save)
         print(f"loss of the model on this text: {so_far.facts.loss:.4f} nats a token, over {so_far.tokens:,} tokens")
-        influence = ", ".join(f"{value:.3f}" for value in so_far.block_influence)
-        print(f"block influence of layers 0 to {len(so_far.block_influence) - 1}: {influence}")
+        print(by_layer("block influence", so_far.block_influence))
+        if so_far.facts.loss_sequences:
+            print(by_layer("rise of the loss without the layer", so_far.loss_rise))
         print(f"saved: {save}")
 
 
