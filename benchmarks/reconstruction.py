@@ -6,7 +6,7 @@ The model is SmolLM2-135M (real_model.py), learned from is English, and measured
 another domain, Python code. An arm is one run of prune_llama.py and one of the evaluation; each is done once, and what
 is done is kept, so that the benchmark may be stopped and goes on where it was. `--only WORD` does the arms that have it
 in their names. Prints a table, and writes benchmarks/results/reconstruction.json, from which docs/tables.py makes the
-tables of docs/en/reconstruct.md, and draws assets/reconstruction.png.
+tables of docs/en/reconstruct.md, and draws assets/reconstruction.png and assets/reconstruction_sizes.png.
 
 The results are JSON: `benchmark`, `machine`, `model`, `length` (tokens of a sequence), `parent` and `arms`: of each its
 `parameters`, perplexity on `english` and `code`, and the `cpu_seconds` and peak `megabytes` (of anonymous memory, the
@@ -35,6 +35,7 @@ REBUILT = (
     "--sequence-length",
     LENGTH,
 )
+DEPTHS = (27, 24, 21, 15)  # layers, of 30
 INFLUENCE = ("--layer-criterion", "block_influence", "--scores", "SCORES")
 ROTATED = ("--rotate-hidden", "--untie")
 FIXED = ("--ridge", 0.01)
@@ -67,7 +68,7 @@ ARMS: dict[str, tuple[object, ...]] = {
     "reconstructed, 16 sequences": replaced((*WIDTH, *REBUILT), sequences=16),
     "reconstructed, 192 sequences": replaced((*WIDTH, *REBUILT), sequences=192),
     **{f"depth {depth} of 30, {how}": ("--num-layers-remain", depth, *flags)
-       for depth in (27, 24, 21, 15)
+       for depth in DEPTHS
        for how, flags in {"block influence": INFLUENCE, "reconstructed": REBUILT}.items()},
     "ffn 1152, contribution": ("--ffn-hidden-size-remain", 1152, *CONTRIBUTION, "--scores", "SCORES"),
     "ffn 1152, reconstructed": ("--ffn-hidden-size-remain", 1152, *REBUILT),
@@ -80,6 +81,15 @@ ARMS: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 
 
+SERIES = {  # arms that differ in how much is left
+    "width, reconstructed": (
+        "hidden 540, ffn 1440, reconstructed", "hidden 504, ffn 1344, reconstructed", "reconstructed",
+        "hidden 396, ffn 960, reconstructed",
+    ),
+    **{f"depth, {how}": tuple(f"depth {depth} of 30, {how}" for depth in DEPTHS)
+       for how in ("reconstructed", "block influence")},
+    "both, reconstructed": ("hidden 540, ffn 1440, depth 27, reconstructed",),
+}  # fmt: skip
 COSTS = {"cpu_seconds": "CPU seconds", "megabytes": "MB"}  # of prune_llama.py, where they were measured
 
 OTHERS = ("nvidia-modelopt 0.47, activation", "SliceGPT with its matrices, ffn by contribution")  # of other_ways.py
@@ -168,6 +178,26 @@ class Bench:
         print(f"{name}: {result}", flush=True)
 
 
+def draw_sizes(file: Path, parent: dict[str, float], arms: dict[str, dict[str, float]]) -> None:
+    """Draw the perplexity by what share of the parameters is left, for each of SERIES."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharex=True)
+    for axes, text, label in zip(both, ("english", "code"), ("English text", "Python code"), strict=True):
+        for (name, members), style in zip(SERIES.items(), ("o-", "s-", "s:", "^-"), strict=True):
+            points = {100 * arms[arm]["parameters"] / parent["parameters"]: arms[arm][text] for arm in members}
+            axes.plot([100, *points], [parent[text], *points.values()], style, label=name)
+        axes.set(xlabel="parameters left (%)", ylabel="perplexity", title=label, yscale="log")
+        axes.invert_xaxis()
+        axes.grid(alpha=0.3, which="both")
+    both[0].legend(fontsize=9)
+    figure.savefig(file, dpi=100)
+    print(f"figure: {file}")
+
+
 def draw(file: Path, parent: dict[str, float], arms: dict[str, dict[str, float]]) -> None:
     """Draw the perplexity of each arm on both texts; the parent's are lines."""
     import matplotlib
@@ -217,7 +247,10 @@ def main() -> None:
         rows.append([name, f"{one['parameters']:,}", *(f"{one[text]:.1f}" for text in ("english", "code")),
                      *(f"{one[cost]:,}" if cost in one else "" for cost in COSTS)])  # fmt: skip
     show(rows)
-    draw(args.figure, bench.results["parent"], done)
+    of_one_shape = {name: one for name, one in done.items() if not name.startswith(("depth", "ffn", "hidden"))}
+    draw(args.figure, bench.results["parent"], of_one_shape)
+    if all(arm in done for members in SERIES.values() for arm in members):
+        draw_sizes(args.figure.with_stem(f"{args.figure.stem}_sizes"), bench.results["parent"], done)
     write_results(
         args.json,
         {

@@ -201,10 +201,14 @@ CHOICES = (
 )
 
 
-def reconstruction(names: Sequence[str] = ()) -> None:
-    """Print the table of benchmarks/reconstruction.py, of all arms or of those that are named."""
+OTHER_SIZES = ("depth", "ffn", "hidden")  # with which arms of benchmarks/reconstruction.py begin
+
+
+def reconstruction(names: Sequence[str] = (), of_other_sizes: bool = False) -> None:
+    """Print the table of benchmarks/reconstruction.py: of arms that are named, of one shape, or of other sizes."""
     found = _read(RESULTS / "reconstruction.json")
-    arms = {name: found["arms"][name] for name in names or found["arms"]}
+    wanted = names or [name for name in found["arms"] if name.startswith(OTHER_SIZES) == of_other_sizes]
+    arms = {name: found["arms"][name] for name in wanted}
     rows = [["", *(said(word) for word in ("parameters", "English text", "Python code"))]]
     for name, arm in {"the parent": found["parent"], **arms}.items():
         perplexity = (f"{arm[text]:,.1f}" for text in ("english", "code"))

@@ -73,9 +73,9 @@ def score(save: Path, empty: Scores, recorder: "Recorder", text: Tokens, copies:
     if is_first():
         partial.replace(save)
         print(f"loss of the model on this text: {so_far.facts.loss:.4f} nats a token, over {so_far.tokens:,} tokens")
-        print(by_layer("block influence", so_far.block_influence))
+        print(by_layer("block influence", so_far.block_influence.tolist()))
         if so_far.facts.loss_sequences:
-            print(by_layer("rise of the loss without the layer", so_far.loss_rise))
+            print(by_layer("rise of the loss without the layer", so_far.loss_rise.tolist()))
         print(f"saved: {save}")
 
 
