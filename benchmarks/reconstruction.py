@@ -184,15 +184,21 @@ def draw_sizes(file: Path, parent: dict[str, float], arms: dict[str, dict[str, f
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, both = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharex=True)
     for axes, text, label in zip(both, ("english", "code"), ("English text", "Python code"), strict=True):
-        for (name, members), style in zip(SERIES.items(), ("o-", "s-", "s:", "^-"), strict=True):
+        for (name, members), style in zip(SERIES.items(), ("C0o-", "C1s-", "C1s:", "C2^-"), strict=True):
             points = {100 * arms[arm]["parameters"] / parent["parameters"]: arms[arm][text] for arm in members}
             axes.plot([100, *points], [parent[text], *points.values()], style, label=name)
+        rebuilt = (arm for name, members in SERIES.items() for arm in members if "reconstructed" in name)
         axes.set(xlabel="parameters left (%)", ylabel="perplexity", title=label, yscale="log")
-        axes.invert_xaxis()
-        axes.grid(alpha=0.3, which="both")
+        axes.set_ylim(top=2 * max(arms[arm][text] for arm in rebuilt))  # what is only cut leaves the picture
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
+    both[0].invert_xaxis()
     both[0].legend(fontsize=9)
     figure.savefig(file, dpi=100)
     print(f"figure: {file}")
