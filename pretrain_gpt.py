@@ -167,7 +167,8 @@ def datasets(
     )
 
     def built_here() -> bool:
-        return bool(has_batch(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0)
+        # Each stage wants to know how long --full-validation is; those in the middle take nothing of it.
+        return bool((has_batch(vp_stage) or args.full_validation) and mpu.get_tensor_model_parallel_rank() == 0)
 
     kind = MockGPTDataset if args.mock_data else TextDataset
     train, *others = BlendedMegatronDatasetBuilder(kind, samples, built_here, config).build()

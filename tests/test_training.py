@@ -162,9 +162,10 @@ def test_validation_over_all_of_its_text_in_batches_of_its_own_is_alike_in_layou
     words = f"{MODEL} {TRAINING} {DATA} --load dist --ckpt-step {SAVED} --exit-interval {SAVED + 1} --eval-interval 1"
     words += " --valid-data-path valid --full-validation"
     layouts = {"alone": (1, ""), "tensor": (2, "--tensor-model-parallel-size 2"), "copies": (2, "")}
+    layouts["pipeline"] = (4, "--pipeline-model-parallel-size 4")
     runs = {name: forker.run(f"valid_{name}", f"{words} {flags}", ranks) for name, (ranks, flags) in layouts.items()}
     found = {name: re.findall(VALIDATION_LOSS, run.ok().log) for name, run in runs.items()}
-    assert [len(losses) for losses in found.values()] == [1, 1, 1]
+    assert [len(losses) for losses in found.values()] == [1] * len(layouts)
     losses = {name: float(loss) for name, (loss,) in found.items()}
     assert losses == pytest.approx(dict.fromkeys(losses, losses["alone"]), abs=1e-4)
     for name, flag in {"micro": "--eval-micro-batch-size 4", "global": "--eval-global-batch-size 2"}.items():
@@ -323,6 +324,8 @@ def test_damaged_checkpoint_is_refused(folder: Path, forker: StockLoop, change: 
 
 
 TUNED = f"{MODEL} {TRAINING} {DATA} --finetune --load dist"
+WHOLE = "--full-validation --valid-data-path"
+SPLIT = f"{MODEL} {TRAINING} --data-path data --data-cache-path cache --full-validation --split"
 
 
 @pytest.mark.parametrize(
@@ -343,6 +346,12 @@ TUNED = f"{MODEL} {TRAINING} {DATA} --finetune --load dist"
         ),
         (f"{MODEL} --micro-batch-size 2", "given: --seq-length --train-iters (or --train-samples) --lr --train-data"),
         (f"{MODEL} {TRAINING} --train-data-path absent", "--train-data-path absent: there is no absent.bin"),
+        (f"{TUNED} --full-validation", "--full-validation needs a text: give --valid-data-path, or --split"),
+        (f"{TUNED} {WHOLE} data --test-data-path data", "with a text to test on: leave --test-data-path out"),
+        (f"{TUNED} {WHOLE} 1 data", "leave the weights out of --valid-data-path"),
+        (f"{TUNED} {WHOLE} data --num-virtual-stages-per-pipeline-rank 2", "with a virtual pipeline: leave"),
+        (f"{SPLIT} 9,1,1", "give --split 0 as its third number"),
+        (f"{SPLIT} 9,0,0", "or --split a second number above 0"),
         (f"{TUNED} --save more --use-distributed-optimizer", "cannot resume without TransformerEngine or apex"),
     ],
 )

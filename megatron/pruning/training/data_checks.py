@@ -5,7 +5,7 @@ than its index says, it ends in a traceback, never ends, or trains on nonsense.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,13 @@ def check_data(args: argparse.Namespace) -> None:
     """Check the text that the stock flags name; the first process of each machine does, for all see the same files.
 
     Raises ValueError for a weight or a prefix that cannot be meant, a file that is missing, damaged, or another's, an
-    id that the model has not, and a split without a document.
+    id that the model has not, a split without a document, and texts that --full-validation cannot go over.
     """
     if args.mock_data or not is_first_here():
         return
     blend, by_split = get_blend_and_blend_per_split(args)
+    if args.full_validation:
+        _check_whole_validation(args.split, blend, by_split)
     blends = {"--data-path": blend} if by_split is None else dict(zip(_FLAGS, by_split, strict=True))
     for flag, one in blends.items():
         prefixes, weights = one or ((), None)
@@ -47,6 +49,25 @@ def check_data(args: argparse.Namespace) -> None:
                 _say_longer(text, args.seq_length, prefix)
             if by_split is None:
                 _check_splits(args.split, text, prefix)
+
+
+def _check_whole_validation(split: str, blend: Any, by_split: Sequence[Any] | None) -> None:
+    """Check for what Megatron ends on in a traceback, some of it after the training."""
+    if by_split is None:
+        _, valid, test = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+        flag, weights = "--data-path", blend and blend[1]
+    else:
+        _, valid, test = by_split
+        flag, weights = "--valid-data-path", valid and valid[1]
+    if not valid:
+        raise ValueError("--full-validation needs a text: give --valid-data-path, or --split a second number above 0")
+    if test:
+        raise ValueError(
+            "--full-validation cannot be had with a text to test on: leave --test-data-path out, or give --split 0 as "
+            "its third number"
+        )
+    if weights:
+        raise ValueError(f"--full-validation goes over each text once: leave the weights out of {flag}")
 
 
 _FLAGS = tuple(f"--{split}-data-path" for split in _SPLITS)

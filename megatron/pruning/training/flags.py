@@ -70,8 +70,8 @@ def refuse_without_libraries(args: argparse.Namespace) -> None:
     if args.use_distributed_optimizer and USING_PYTORCH_OPTIMIZER and args.save and not args.no_save_optim:
         # megatron-core 0.19 saves the state of torch's AdamW in a form that it then cannot load
         raise ValueError(
-            "--use-distributed-optimizer cannot resume without TransformerEngine or apex, and neither is installed: "
-            "leave it out, or give --no-save-optim"
+            "--use-distributed-optimizer cannot resume without TransformerEngine or apex, of which none can be used "
+            "here: leave it out, or give --no-save-optim"
         )
     saves_aside = args.async_save and args.use_persistent_ckpt_worker  # without that one Megatron goes on without it
     if saves_aside and args.async_strategy == "nvrx" and not importlib.util.find_spec("nvidia_resiliency_ext"):
@@ -98,8 +98,8 @@ def refuse_impossible(args: argparse.Namespace) -> None:
     """Check what every user meets and Megatron ends on in a traceback.
 
     Raises ValueError when a flag that must be given is not, the processes do not divide into model replicas, the
-    learning rate's decay ends before its warm-up, a setting of distillation is out of its range, or an attention is
-    asked for that Megatron has not.
+    learning rate's decay ends before its warm-up, a setting of distillation is out of its range, or a validation or an
+    attention is asked for that Megatron has not.
     """
     _refuse_missing(args)
     _go_without_validation(args)
@@ -135,13 +135,16 @@ def _go_without_validation(args: argparse.Namespace) -> None:
 
 
 def _validate_whole(args: argparse.Namespace) -> None:
-    """Have --full-validation go over its text once: stock can do that with these settings alone, and has others.
+    """Set what --full-validation needs, which stock sets otherwise, and check that the user has not.
 
-    Its sampler gives each copy of the model a sequence at a time, whatever the sizes say: with other sizes the ranks of
-    a copy wait for each other in vain, or the text is read several times. It does so for a list of texts.
+    Megatron's sampler for it hands out single sequences, one to each copy of the model, so that with another micro
+    batch the ranks of a copy wait for each other in vain, and with another global batch the text is read several times.
+    Its loop takes the number of steps from the text only where there may be several texts.
     """
     if not args.full_validation:
         return
+    if args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank:
+        raise ValueError("--full-validation cannot be had with a virtual pipeline: leave one of them out")
     args.multiple_validation_sets = True
     copies = args.world_size // math.prod(getattr(args, name) for name in LAYOUT)
     for name, wanted in (("eval_micro_batch_size", 1), ("eval_global_batch_size", copies)):
