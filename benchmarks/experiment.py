@@ -216,7 +216,10 @@ def environment(**settings: object) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took: seconds of wall clock and of processors, and peak megabytes of anonymous memory."""
+    """What a command took: seconds of wall clock and of processors, and peak megabytes of anonymous memory.
+
+    Pages that children share with it, or with each other, are counted for each of them.
+    """
 
     wall: float
     cpu: float

@@ -248,7 +248,7 @@ def main() -> None:
         if args.only in name and (args.packages or name != OTHERS[0]):
             bench.other(name, args.packages)
     done = {name: bench.results[name] for name in (*OTHERS, *ARMS) if name in bench.results}
-    rows = [["arm", "parameters", "english", "code", *(heading for _, heading in COSTS.items())]]
+    rows = [["arm", "parameters", "english", "code", *COSTS.values()]]
     for name, one in {"parent": bench.results["parent"], **done}.items():
         rows.append([name, f"{one['parameters']:,}", *(f"{one[text]:.1f}" for text in ("english", "code")),
                      *(f"{one[cost]:,}" if cost in one else "" for cost in COSTS)])  # fmt: skip

@@ -28,7 +28,8 @@ from helpers import EACH_SHAPE, load_whole, make_llama  # noqa: E402, F401 - two
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest: a process has a file for its own, and the last one is waited for.
 
-    The commands of the pages are also the first in theirs: what a process has next is taken from the others early.
+    The commands of the pages are also the first in theirs: a process is given its next file with two tests left of one,
+    and that would wait for them.
     """
     files = Counter[Path]()
     for item in items:

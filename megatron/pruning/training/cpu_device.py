@@ -2,10 +2,10 @@
 
 Megatron names the device in four ways: `device="cuda"` given to torch's factories, `.cuda()` on tensors and modules,
 the bookkeeping of `torch.cuda` (streams, events, memory, random state), and the names of tensor types. `install()`
-answers each of them with the CPU, and hides the libraries whose kernels Megatron takes wherever they are installed, as
-on a cluster's login node. It does nothing where torch sees a GPU. It is called once, when the entry script is imported
-and before `megatron.training` is (Megatron binds some of these names at import, and the writer of --async-save spawns
-children that import the entry script again), and is never undone.
+answers each of them with the CPU, and hides the libraries whose kernels Megatron takes wherever they are installed, on
+a cluster's login node, too. It does nothing where torch sees a GPU. It is called once, when the entry script is
+imported and before `megatron.training` is (Megatron binds some of these names at import, and the writer of --async-save
+spawns children that import the entry script again), and is never undone.
 
     from megatron.pruning.training import cpu_device
     cpu_device.install()
@@ -143,7 +143,7 @@ def _set_environment() -> None:
 
 
 def _hide_kernels() -> None:
-    """Let these be found by no import from here on: their optimizers and norms, which Megatron prefers, are CUDA's."""
+    """Let no import find these, unless one has already: their Adam and norms, which Megatron prefers, are CUDA's."""
     for name in ("transformer_engine", "apex"):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 

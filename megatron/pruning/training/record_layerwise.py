@@ -26,7 +26,7 @@ from megatron.pruning.training.room import free_memory, processes_here, too_larg
 from megatron.pruning.training.stock_model import build
 
 AT_ONCE = 32  # sequences, at most: so often are the weights read once
-_SHARE_OF_MEMORY = 0.25  # for the unit vectors
+_SHARE_OF_MEMORY = 0.25  # for what is kept of sequences
 
 
 @dataclass
@@ -40,9 +40,9 @@ class _Reading:
 
 
 class LayerwiseRecorder(Recorder):
-    """The sums of one process, which reads sequences of its own, some of them, with `losses`, also without each layer.
+    """The sums of one process, which reads sequences of its own; `losses`: it is to measure those without each layer.
 
-    A sequence without a layer goes beside the whole one: up to that layer they are the same.
+    What a sequence is without a layer goes beside the whole one from that layer on: before it they are the same.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, length: int, losses: bool = False) -> None:
@@ -94,7 +94,9 @@ class LayerwiseRecorder(Recorder):
     def _take_through(self, one: _Reading) -> None:
         """Bring a sequence through the layer at hand, which watches the whole one alone."""
         if one.without is not None:
-            one.without = [self.layer(hidden.to(self.device)).cpu() for hidden in one.without] + [one.hidden.cpu()]
+            for i, hidden in enumerate(one.without):  # in place: of a large model they take gigabytes
+                one.without[i] = self.layer(hidden.to(self.device)).cpu()
+            one.without.append(one.hidden.cpu())
         self.watching, self.states = True, one.states
         self._keep_state(one.hidden)
         one.hidden = self.layer(one.hidden)
@@ -129,7 +131,7 @@ def recorder_for(
 ) -> Recorder:
     """Return a recorder for a model, of all of it in `layout`, or of a layer at a time: also where it has no room.
 
-    With `losses` it is to measure those without each layer, of some sequences.
+    `losses`: it is to measure, of some sequences, the loss without each layer.
     """
     if layout.tensor * layout.pipeline == 1:
         why = too_large(checkpoint, dtype, "cpu" if cpu_device.is_installed() else "cuda")
