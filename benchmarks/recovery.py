@@ -93,6 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.family != "tiny" and args.text is None:
         parser.error(f"--family {args.family} needs --text: the embedded model's has 3 million tokens")
+    if args.parent is not None and open_checkpoint(args.parent).config.tied:
+        parser.error(f"--parent {args.parent} ties its output layer to its embedding, and cannot be rotated")
     family, first = FAMILIES[args.family], args.seeds[0]
     jobs = args.jobs or (1 if torch.cuda.is_available() else 2)
     experiment = Experiment(args.work_dir.resolve(), jobs, args.parent, family.sequence, family.batch, args.text)

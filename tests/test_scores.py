@@ -174,6 +174,8 @@ def test_what_is_known_of_each_layer_is_said(folder: Path) -> None:
     ):  # fmt: skip
         (line,) = re.findall(rf"{what}, by layer\n   0 (.*)", said)
         assert [float(value) for value in line.split()] == pytest.approx(values, abs=0.0005)
+    facts = score_importance.scores_facts(folder / "gqa-tp1.scores")
+    assert facts["loss_rise"] == found.loss_rise.tolist()
     assert [line.split()[0] for line in by_layer("x", [0.0] * 12).splitlines()[1:]] == ["0", "10"]
 
 

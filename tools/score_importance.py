@@ -105,7 +105,10 @@ def scores_facts(file: Path) -> dict[str, Any]:
     """Return what a program may want to know of scores."""
     scores = read(file)
     facts: dict[str, Any] = msgspec.to_builtins(scores.facts)
-    return {"saved": str(file), **facts, "block_influence": scores.block_influence.tolist()}
+    facts["block_influence"] = scores.block_influence.tolist()
+    if scores.facts.loss_sequences:
+        facts["loss_rise"] = scores.loss_rise.tolist()
+    return {"saved": str(file), **facts}
 
 
 def record(args: argparse.Namespace) -> None:
