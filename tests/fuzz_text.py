@@ -307,6 +307,7 @@ class Tokens:
             "train_data_path valid_data_path test_data_path data_args_path per_split_data_args_path".split()
         )
         stock |= {"mock_data": False, "data_path": [str(prefix)], "split": "80,20,0", "vocab_size": 400}
+        stock |= {"full_validation": False}
         stock |= {"tokenizer_type": "NullTokenizer", "tensor_model_parallel_size": 1, "make_vocab_size_divisible_by": 8}
         check_data(argparse.Namespace(**stock))
         found = tokens.windows(prefix, 16, 9, self.checkpoint)

@@ -122,6 +122,7 @@ def test_text_that_cannot_be_meant_is_refused(
     parser.add_argument("--split", default="969, 30, 1")
     args = parser.parse_args(data.split())
     known = {"mock_data": False, "data_args_path": None, "per_split_data_args_path": None, "vocab_size": 63}
+    known["full_validation"] = False
     known |= {"tokenizer_type": "NullTokenizer", "tensor_model_parallel_size": 1, "make_vocab_size_divisible_by": 64}
     with pytest.raises(ValueError, match=complaint):
         check_data(argparse.Namespace(**vars(args), **known))
