@@ -155,7 +155,7 @@ def test_sharded_safetensors_in_and_out(tmp_path: Path) -> None:
     source = make_llama(tmp_path / "hf", "gqa", max_shard_size="60KB")
     assert len(list(source.glob("*.safetensors"))) > 2
     files, texts = hf_output(open_checkpoint(source), SaveOptions(), shard_bytes=50_000)
-    write_files(files, texts, tmp_path / "out", False, [], World())
+    write_files(files, texts, tmp_path / "out", False, Path.is_dir, World())
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(files) > 3
     assert_same_tensors(tensors(tmp_path / "out"), tensors(source))
     tokens = torch.arange(20)[None]

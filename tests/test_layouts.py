@@ -152,7 +152,7 @@ def test_torch_dist_by_layer_and_without_common_pt_is_read(gqa: Path, tmp_path: 
         common = torch.load(BytesIO(texts.pop("release/common.pt")), weights_only=True)
     file = DistFile(whole.name, pieces, {"common_state/shard_0_1": object_bytes([common])})
     texts["release/.metadata"] = metadata_bytes([file], 4)
-    write_files([file], texts, tmp_path / "m", False, [], World())
+    write_files([file], texts, tmp_path / "m", False, Path.is_dir, World())
     assert_same_tensors(tensors(convert(tmp_path / "m", tmp_path / "out", format="hf")), tensors(gqa))
 
 

@@ -137,6 +137,7 @@ def test_existing_target_is_kept_unless_overwrite(gqa: Path, tmp_path: Path) -> 
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "thesis/chapter").mkdir(parents=True)
+    (tmp_path / "thesis/config.json").write_text('{"editor": "vim"}')  # many a folder has one
     for name, message in (("file", "not a directory"), ("link", "not a directory"), ("thesis", "holds something else")):
         with pytest.raises(ValueError, match=message):
             convert(gqa, tmp_path / name, overwrite=True)
@@ -144,6 +145,28 @@ def test_existing_target_is_kept_unless_overwrite(gqa: Path, tmp_path: Path) -> 
     for inside in (gqa, gqa / "x", gqa.parent):
         with pytest.raises(ValueError, match="overlap"):
             convert(gqa, inside, overwrite=True)
+
+
+@pytest.mark.parametrize("save", ["runs/../precious", "runs/../parent", "tomorrow/../../scratch/new", "runs/.."])
+def test_dots_after_a_link_lead_out_of_where_it_leads(
+    gqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: str
+) -> None:
+    (tmp_path / "scratch/runs").mkdir(parents=True)
+    (tmp_path / "repo/precious").mkdir(parents=True)
+    (tmp_path / "repo/precious/thesis").touch()
+    (tmp_path / "repo/runs").symlink_to(tmp_path / "scratch/runs")
+    shutil.copytree(gqa, tmp_path / "repo/parent")
+    monkeypatch.chdir(tmp_path / "repo")
+    words = ["--load", "parent", "--save", save, "--format", "hf"]
+    if save == "runs/..":
+        with pytest.raises(ValueError, match="scratch exists: name another directory"):
+            converter.main(words)
+    else:
+        converter.main(words)
+        assert (tmp_path / "scratch" / Path(save).name / "config.json").is_file()
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["parent", "precious", "runs"]
+    assert [path.name for path in Path("precious").iterdir()] == ["thesis"]
+    assert digests(Path("parent")) == digests(gqa)
 
 
 def test_a_hub_cache_whose_files_are_links_is_not_overwritten(gqa: Path, tmp_path: Path) -> None:

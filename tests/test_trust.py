@@ -227,15 +227,17 @@ def test_programs_and_folders_beside_a_checkpoint_stay_behind(source: Path, tmp_
     assert beside(convert(shards, tmp_path / "back", format="hf")) == found
 
 
-@pytest.mark.parametrize("through", ["hf", "torch"])
-def test_a_link_out_of_the_checkpoint_is_refused_by_name(source: Path, tmp_path: Path, through: str) -> None:
+@pytest.mark.parametrize(
+    "through,name", [("hf", "tokenizer.json"), ("torch", "tokenizer.json"), ("hf", "prune_plan.json")]
+)
+def test_a_link_out_of_the_checkpoint_is_refused_by_name(source: Path, tmp_path: Path, through: str, name: str) -> None:
     path, folder = source, source
     if through == "torch":
         path = convert(source, tmp_path / "shards")
         folder = path / HF_FILES
     (tmp_path / "secret").write_text("secret")
-    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(ValueError, match=r"tokenizer.json is a link to .*secret, outside of its checkpoint"):
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=f"{name} is a link to .*secret, outside of its checkpoint"):
         convert(path, tmp_path / "out", format="hf")
     assert not (tmp_path / "out").exists()
 

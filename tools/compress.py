@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 
 from megatron.pruning.cli.entry import run
-from megatron.pruning.cli.flags import hyphenated, new_parser, positive, without
+from megatron.pruning.cli.flags import hyphenated, new_parser, positive, save_path, without
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.config import said_bytes, short
@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(__doc__)
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="the parent, of any format")
-    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="folder of everything that is made")
+    parser.add_argument(
+        "--save", type=save_path, required=True, metavar="DIR", help="folder of everything that is made"
+    )
     parser.add_argument(
         "--target", required=True, metavar="SIZE",
         help="parameters (3.4B), bytes at most (8GB), or a share of the parent's parameters (0.5); two, with a comma",
@@ -129,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
     """Read the flags, and do what is not done yet."""
     words = hyphenated(argv)
     args, further = parser().parse_known_args(words)
-    args.save = Path(os.path.abspath(args.save))  # noqa: PTH100 - links stay
+    args.save = args.save.absolute()
     parent = open_checkpoint(args.load)
     check_texts("--data-path", args.data_path)
     check_texts("--valid-data-path", [args.valid_data_path])

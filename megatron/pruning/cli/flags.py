@@ -24,6 +24,7 @@ from megatron.pruning.model.megatron_args import (
     model_args,
 )
 from megatron.pruning.storage.dtypes import BYTES
+from megatron.pruning.storage.output import own_place
 from megatron.pruning.storage.processes import World
 
 _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "make_vocab_size_divisible_by")
@@ -49,6 +50,11 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
+
+
+def save_path(text: str) -> Path:
+    """Read a path of what is to be written."""
+    return own_place(Path(text))
 
 
 def hyphenated(argv: Sequence[str]) -> list[str]:
@@ -106,7 +112,9 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--iteration", type=natural, metavar="N", help="iteration of a Megatron source (default: the latest)"
     )
-    group.add_argument("--save", type=Path, required=True, metavar="DIR", help="target; it must not exist, or be empty")
+    group.add_argument(
+        "--save", type=save_path, required=True, metavar="DIR", help="target; it must not exist, or be empty"
+    )
     group.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --save")
     group.add_argument(
         "--format",

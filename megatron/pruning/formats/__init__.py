@@ -6,11 +6,10 @@ from pathlib import Path
 from megatron.pruning.formats import huggingface, megatron_dist, megatron_torch
 from megatron.pruning.formats.format import Format, SaveOptions
 from megatron.pruning.formats.hub import located
-from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
+from megatron.pruning.model.checkpoint import Checkpoint, kept_plan
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.storage import output
 from megatron.pruning.storage.processes import World
-from megatron.pruning.storage.small_files import read_small
 
 # By the name that --format takes. The first that detects a path opens it.
 FORMATS: dict[str, Format] = {
@@ -38,7 +37,8 @@ def open_checkpoint(path: Path, iteration: int | None = None, fetch: bool = Fals
     for pattern, said in _NOT_READ.items():
         if any(path.glob(pattern)):
             raise ValueError(f"--load {path} {said}")
-    formats = {mark: [f.name for f in FORMATS.values() if f.mark == mark] for mark in _marks()}
+    marks = [format.mark for format in FORMATS.values()]
+    formats = {mark: [f.name for f in FORMATS.values() if f.mark == mark] for mark in marks}
     known = " nor a ".join(f"{mark} ({', '.join(names)})" for mark, names in formats.items())
     raise ValueError(f"--load {path} is not a checkpoint: it has neither a {known}")
 
@@ -56,12 +56,12 @@ _NOT_READ = {
 
 def check_target(path: Path, overwrite: bool) -> None:
     """Raise ValueError if `path` is something that must not be replaced: anything but a checkpoint and --overwrite."""
-    output.check_target(path, overwrite, _marks())
+    output.check_target(path, overwrite, _is_checkpoint)
 
 
 def check_save(checkpoint: Checkpoint, path: Path, format: str, options: SaveOptions) -> None:
     """Raise ValueError where `save_checkpoint` would, before anything is written: for what takes long until then."""
-    _check_apart(checkpoint, path)
+    _check_apart(checkpoint, output.own_place(path))
     FORMATS[format].write(checkpoint, options)
 
 
@@ -83,19 +83,21 @@ def save_checkpoint(
     weights. Raises ValueError, before anything is written, for a layout that does not fit or a `path` not to be
     replaced.
     """
+    path = output.own_place(path)
     _check_apart(checkpoint, path)
     if format not in FORMATS:
         raise ValueError(f"--format {format}: choose one of {', '.join(FORMATS)}")
     files, own = FORMATS[format].write(checkpoint, SaveOptions(layout or Layout(), dtype, transformer_impl))
-    plan = checkpoint.root / PLAN_FILE
-    kept_plan = {PLAN_FILE: read_small(plan)} if plan.is_file() else {}
-    all_beside = {**own, **kept_plan, **(beside or {})}
-    output.write_files(files, all_beside, path, overwrite, _marks(), world or World())
+    all_beside = {**own, **kept_plan(checkpoint.root), **(beside or {})}
+    output.write_files(files, all_beside, path, overwrite, _is_checkpoint, world or World())
 
 
-def _marks() -> list[str]:
-    """Return names of which one marks a directory as a checkpoint, which --overwrite may replace."""
-    return [format.mark for format in FORMATS.values()]
+def _is_checkpoint(path: Path) -> bool:
+    """Tell whether a directory is one that --overwrite may replace: many a folder has a config.json, but no weights."""
+    return any(
+        (path / format.mark).is_file() and any(any(path.glob(pattern)) for pattern in format.weights)
+        for format in FORMATS.values()
+    )
 
 
 def _check_apart(checkpoint: Checkpoint, path: Path) -> None:

@@ -46,13 +46,15 @@ class Format:
 
     `detect(path, iteration)` returns the directory of weights if `path` is a checkpoint of this format, and `open(path,
     directory)` opens it, reading headers only. `write(checkpoint, options)` returns what is to be written, or raises
-    ValueError for what the format cannot hold. `mark` is a file that every directory of the format has. A format that
-    is `parallel` is written for a layout of model ranks; one that is `sharded` has files by rank.
+    ValueError for what the format cannot hold. `mark` is a file that every directory of the format has, `weights` are
+    patterns of which one is of something in it. A format that is `parallel` is written for a layout of model ranks; one
+    that is `sharded` has files by rank.
     """
 
     name: str
     summary: str
     mark: str
+    weights: Sequence[str]
     detect: Callable[[Path, int | None], Path | None]
     open: Callable[[Path, Path], Checkpoint]
     write: Callable[[Checkpoint, SaveOptions], Output]

@@ -160,4 +160,13 @@ def _detect(path: Path, iteration: int | None) -> Path | None:
     return path if (path / CONFIG_FILE).is_file() and iteration is None else None
 
 
-FORMAT = Format("hf", "Hugging Face's safetensors", CONFIG_FILE, _detect, HfCheckpoint, hf_output, parallel=False)
+FORMAT = Format(
+    name="hf",
+    summary="Hugging Face's safetensors",
+    mark=CONFIG_FILE,
+    weights=(f"{WEIGHTS_FILE}*", "pytorch_model.bin*"),
+    detect=_detect,
+    open=HfCheckpoint,
+    write=hf_output,
+    parallel=False,
+)

@@ -33,6 +33,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 HF_FILES = "huggingface"  # config.json and tokenizer, carried for the way back
 ARGS_FILE = "megatron_args.txt"
 RELEASE = "release"  # the iteration that starts a new training: the stock loader takes no optimizer from it
+ITERATIONS = (RELEASE, "iter_*")  # patterns of their directories
 RANK_DIRECTORIES = "mp_rank_*"
 RANK_FILE = "model_optim_rng.pt"
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron.pruning.formats.format import SHARD_BYTES, Format, Output, SaveOptions, in_shards
 from megatron.pruning.formats.megatron import (
+    ITERATIONS,
     RELEASE,
     TE_NAMES,
     TRACKER,
@@ -203,4 +204,4 @@ def _detect(path: Path, iteration: int | None) -> Path | None:
 
 
 SUMMARY = "Megatron's newer format, one for all layouts"
-FORMAT = Format("torch_dist", SUMMARY, TRACKER, _detect, DistCheckpoint, dist_output)
+FORMAT = Format("torch_dist", SUMMARY, TRACKER, ITERATIONS, _detect, DistCheckpoint, dist_output)

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.pruning.formats.format import Format, Output, SaveOptions
 from megatron.pruning.formats.megatron import (
+    ITERATIONS,
     RANK_DIRECTORIES,
     RANK_FILE,
     RELEASE,
@@ -249,4 +250,4 @@ def _detect(path: Path, iteration: int | None) -> Path | None:
 
 
 SUMMARY = "Megatron-LM's mp_rank_TT[_PPP] shards"
-FORMAT = Format("torch", SUMMARY, TRACKER, _detect, TorchCheckpoint, torch_output, sharded=True)
+FORMAT = Format("torch", SUMMARY, TRACKER, ITERATIONS, _detect, TorchCheckpoint, torch_output, sharded=True)

@@ -99,6 +99,18 @@ class Checkpoint(ABC):
         return f"{self.path} ({self.format}{where}, {self.dtype}, {self.config.parameters:,} parameters)"
 
 
+def kept_plan(directory: Path) -> dict[str, bytes]:
+    """Return the plan beside a checkpoint's weights under its name, or nothing.
+
+    Raises ValueError for a link that leads out of the checkpoint.
+    """
+    plan = directory / PLAN_FILE
+    if not plan.is_file():
+        return {}
+    require_inside(plan, directory)
+    return {PLAN_FILE: read_small(plan)}
+
+
 def carried_files_of(directory: Path, home: Path | None = None) -> dict[str, bytes]:
     """Return the tokenizer's and the licence's files of `directory`, by name, without what has a reader run code.
 
@@ -137,6 +149,8 @@ def _as_carried(file: str, content: bytes) -> bytes:
         values = json.loads(content)
     except ValueError:
         return content
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply") from None
     if not isinstance(values, dict):
         return content
     spelled = {name: value for name, value in values.items() if name not in _RUNS_CODE}

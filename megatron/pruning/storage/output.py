@@ -73,7 +73,7 @@ def write_files(
     beside: Mapping[str, bytes],
     path: Path,
     overwrite: bool,
-    marks: Sequence[str],
+    is_checkpoint: Callable[[Path], bool],
     world: World,
 ) -> None:
     """Write a whole checkpoint directory: every process its share of `files`, the first one also `beside`.
@@ -83,7 +83,7 @@ def write_files(
     """
     mine = files[world.rank :: world.size]
     need = sum(file.nbytes for file in files)
-    with _building(path, need, lambda: check_target(path, overwrite, marks), world) as partial:
+    with _building(path, need, lambda: check_target(path, overwrite, is_checkpoint), world) as partial:
         if not partial.is_dir():
             raise ValueError(f"process {world.rank} cannot see {partial}: all need one file system under --save")
         total = sum(file.nbytes for file in mine)
@@ -108,8 +108,18 @@ def write_files(
             write_durably(partial / MANIFEST, manifest_bytes(digests))
 
 
-def check_target(path: Path, overwrite: bool, marks: Sequence[str]) -> None:
-    """Raise ValueError if `path` must not be replaced: unless `overwrite`, and it has a file that is one of `marks`."""
+def own_place(path: Path) -> Path:
+    """Return a path without "..", which leads out of where a link leads and not of where it lies; its last name stays.
+
+    Where directories before a ".." are not there yet, the system would not find the path at all before they are made.
+    """
+    if ".." not in path.parts:
+        return path
+    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+
+
+def check_target(path: Path, overwrite: bool, is_checkpoint: Callable[[Path], bool]) -> None:
+    """Raise ValueError if `path` must not be replaced: unless `overwrite`, and it is a checkpoint."""
     if not path.exists() and not path.is_symlink():
         return
     if path.is_symlink() or not path.is_dir():
@@ -119,7 +129,7 @@ def check_target(path: Path, overwrite: bool, marks: Sequence[str]) -> None:
     if any(path.iterdir()):
         if not overwrite:
             raise ValueError(f"--save {path} exists: name another directory, or add --overwrite to replace it")
-        if not any((path / mark).is_file() for mark in marks):
+        if not is_checkpoint(path):
             raise ValueError(f"--save {path} holds something else than a checkpoint: --overwrite does not replace it")
 
 
@@ -131,7 +141,7 @@ def _building(path: Path, need: int, check: Callable[[], None], world: World) ->
     under `path` meanwhile stays. Locks only make a second run end early; what is right does not hang on them, for on
     many cluster file systems they bind one machine.
     """
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolves "..", but no links
+    path = path.absolute()
     made, parents, hold = None, list[Path](), -1
     try:
         if world.rank == 0:

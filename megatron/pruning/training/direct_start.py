@@ -18,11 +18,10 @@ from megatron.training.utils import print_rank_0
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.formats.checks import compare_weights
 from megatron.pruning.formats.megatron import HF_FILES, TRACKER, rank_views, side_files
-from megatron.pruning.model.checkpoint import PLAN_FILE, Checkpoint
+from megatron.pruning.model.checkpoint import Checkpoint, kept_plan
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.model.megatron_args import flag_of
 from megatron.pruning.model.weights import FIRST, LAST
-from megatron.pruning.storage.small_files import read_small
 from megatron.pruning.storage.views import View
 from megatron.pruning.training.stock_model import load_weights, parameter_names
 
@@ -72,8 +71,7 @@ def start_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Return what a conversion would lay beside the weights for an export and a second pruning, by name."""
     files = side_files(checkpoint, Layout(), None)
     found = {name: content for name, content in files.items() if name.startswith(f"{HF_FILES}/")}
-    plan = checkpoint.root / PLAN_FILE
-    return found | ({PLAN_FILE: read_small(plan)} if plan.is_file() else {})
+    return found | kept_plan(checkpoint.root)
 
 
 def load_start(checkpoint: Checkpoint, models: list[torch.nn.Module], optimizer: Any) -> tuple[int, int]:

@@ -38,7 +38,7 @@ from megatron.pruning.formats.megatron import (
     tracked_iteration,
 )
 from megatron.pruning.formats.megatron_dist import COMMON
-from megatron.pruning.model.checkpoint import PLAN_FILE, carried_files_of, require_inside
+from megatron.pruning.model.checkpoint import carried_files_of, kept_plan, require_inside
 from megatron.pruning.model.lineage import LINEAGE_FILE
 from megatron.pruning.storage.dcp_file import METADATA, Chunk, Entry, read_metadata
 from megatron.pruning.storage.harmless import require_harmless
@@ -154,10 +154,10 @@ def carry_files(args: argparse.Namespace) -> None:
 
 def _files_beside(source: Path, weights: Path) -> dict[str, bytes]:
     found = {f"{HF_FILES}/{name}": content for name, content in carried_files_of(source / HF_FILES, source).items()}
-    for name, folder in ((CONFIG_FILE, f"{HF_FILES}/"), (PLAN_FILE, "")):
-        if (origin := source / folder / name).is_file():
-            require_inside(origin, source)
-            found[f"{folder}{name}"] = read_small(origin)
+    if (config := source / HF_FILES / CONFIG_FILE).is_file():
+        require_inside(config, source)
+        found[f"{HF_FILES}/{CONFIG_FILE}"] = read_small(config)
+    found |= kept_plan(source)
     if (lineage := f"{HF_FILES}/{LINEAGE_FILE}") in found:
         with contextlib.suppress(ValueError):  # the stock loader may read what is not read here
             found[lineage] = open_checkpoint(weights).lineage.to_json()  # with the training that the weights are of
