@@ -160,6 +160,7 @@ HUGGING_FACE: list[tuple[Damage, str]] = [
     (set_config(bos_token_id=float("nan")), r"config.json: it is not JSON: NaN is not a number"),
     (both(set_config(x=1), replaced(CONFIG, b'"x": 1', b'"x": 1e999')), r"1e999 is not"),
     (sparse(CONFIG, TERABYTE), r"config.json has 1,099,511,627,776 bytes"),
+    (written("tokenizer_config.json", "[" * 100_000), r"tokenizer_config.json is nested too deeply"),
     (sparse("tokenizer.json", TERABYTE), r"tokenizer.json has 1,099,511,627,776 bytes"),
     (sparse("prune_plan.json", TERABYTE), r"prune_plan.json has 1,099,511,627,776 bytes"),
     # Models that are no Llama, or of no size
@@ -171,6 +172,8 @@ HUGGING_FACE: list[tuple[Damage, str]] = [
         set_config(model_type="mistral", sliding_window=4096),
         r"sliding_window is 4096, but a dense Llama.* has None",
     ),
+    (set_config(model_type="qwen2", use_sliding_window=True), r"sliding_window is 4096, but"),
+    (set_config(model_type="qwen3", head_dim=8, use_sliding_window=True), r"sliding_window is 4096, but"),
     (set_config(model_type="qwen2", layer_types=["sliding_attention"]), r"layer_types has others than full_attention"),
     (set_config(quantization_config={"bits": 4}), r"quantization_config is"),
     (set_config(attention_bias=True), r"attention_bias is True"),
@@ -433,6 +436,9 @@ TORCH: list[tuple[Damage, str]] = [
     (argument("swiglu", False, RANK_00), r"argument swiglu is False"),
     (argument("swiglu", nested(60)), r"argument swiglu is \(\("),
     (argument("window_size", (4, 0), RANK_00), r"window_size is \(4, 0\)"),
+    (argument("no_rope_freq", 4), r"no_rope_freq is 4, but a Llama's is None"),
+    (argument("softmax_type", "off-by-one"), r"softmax_type is 'off-by-one', but a Llama's is 'vanilla'"),
+    (argument("use_mup", True), r"use_mup is True"),
     (argument("rotary_base", "x", RANK_00), r"arguments are not a Llama's"),
     (argument("rotary_base", 10**400), r"int too large to convert to float"),
     (argument("hidden_size", 10**400), r"hidden_size is 1000"),
@@ -519,6 +525,10 @@ TORCH_DIST: list[tuple[Damage, str]] = [
     (written(COMMON, "x"), r"common.pt .* is not a complete file of torch.save"),
     (sparse(COMMON, TERABYTE), r"common.pt .* is not a complete file|is damaged"),
     (lambda path: torch.save(Bomb(path), path / COMMON), r"common.pt holds more than data"),
+    (
+        metadata(lambda found: found.state_dict_metadata.update({1: next(iter(found.state_dict_metadata.values()))})),
+        r"names something 1, which is not text",
+    ),
     # .metadata as a pickle
     (written(METADATA, b"\x80\x04."), r"is not the metadata of a checkpoint"),
     (cut(METADATA, 0.5), r"is not the metadata of a checkpoint"),

@@ -30,12 +30,15 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM", unsaid={"sliding_window": 4096, "max_position_embeddings": 131072}),
     "qwen2": Family(
-        "Qwen2ForCausalLM", frozenset({"qkv_bias"}), {"max_position_embeddings": 32768}, "use_sliding_window"
+        "Qwen2ForCausalLM",
+        frozenset({"qkv_bias"}),
+        {"sliding_window": 4096, "max_position_embeddings": 32768},
+        "use_sliding_window",
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         frozenset({"qk_norm"}),
-        {"max_position_embeddings": 32768, "head_dim": 128},
+        {"sliding_window": 4096, "max_position_embeddings": 32768, "head_dim": 128},
         "use_sliding_window",
     ),
 }

@@ -6,6 +6,7 @@ read as torch_reader.py reads those.
 
 import functools
 import itertools
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,8 @@ def _entries(directory: Path, content: Record) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     sizes = {}
     for name, entry in content["state_dict_metadata"].items():
+        if not isinstance(name, str):
+            raise ValueError(f"it names something {reprlib.repr(name)}, which is not text")
         is_tensor = isinstance(entry.state, dict) and "chunks" in entry.state
         entries[name] = Entry(_numbers(entry["size"]), _dtype(entry["properties"])) if is_tensor else Entry(None, None)
         for chunk in entry["chunks"] if is_tensor else ():
