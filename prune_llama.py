@@ -29,7 +29,6 @@ arguments serves pruning and training; those that describe the model must agree 
 import argparse
 import dataclasses
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +51,13 @@ from megatron.pruning.cli.flags import (
     save_as_asked,
     say_source,
 )
-from megatron.pruning.cli.pruning_flags import plan_from_flags, pruning_facts, shapes_from_flags, target_from_flags
+from megatron.pruning.cli.pruning_flags import (
+    blind_plan,
+    plan_from_flags,
+    pruning_facts,
+    shapes_from_flags,
+    target_from_flags,
+)
 from megatron.pruning.cli.reconstruction import Reconstructor, add_reconstruction_flags, check_reconstruction_flags
 from megatron.pruning.cli.speech import Answer, add_speech_flags, speaking
 from megatron.pruning.formats import FORMATS, check_save, check_target
@@ -251,8 +256,10 @@ def prune(args: argparse.Namespace, answer: Answer) -> None:
     shape = chosen(args, parent, shapes)
     if args.reconstruct:
         world = World.from_environment()
-        hidden = shape.sizes["hidden"] if shape else args.hidden_remain or parent.config.hidden_size
-        work = Reconstructor(args, "--data-path", parent, hidden, world)
+        blind = blind_plan(args, parent, layout, shape)
+        if not args.plan_only:
+            check_save(Pruned(parent, blind), args.save, args.format, options_from_flags(args, layout))
+        work = Reconstructor(args, "--data-path", parent, blind.sizes["hidden"], world)
         plan = plan_from_flags(args, parent, layout, shape, work.scores)
     else:
         plan = plan_from_flags(args, parent, layout, shape)
@@ -278,7 +285,6 @@ def write(
     model: Checkpoint = pruned
     report, beside = None, {PLAN_FILE: plan.to_json().encode()}
     if work is not None:
-        check_save(model, args.save, args.format, options_from_flags(args, layout))
         model, report = work.run(plan)
         beside[REPORT_FILE] = report.to_json()
     save_as_asked(model, args, layout, world, beside)
@@ -356,8 +362,8 @@ def write_plan(save: Path, plan: Plan) -> None:
 
 
 def absolute(save: Path) -> Path:
-    """Return --save with its ".." resolved, but no links. Raises ValueError when it has no name of its own."""
-    path = Path(os.path.abspath(save))  # noqa: PTH100
+    """Return --save as it is from anywhere. Raises ValueError when it has no name of its own."""
+    path = save.absolute()
     if not path.name:
         raise ValueError(f"--save {save} has no name")
     return path

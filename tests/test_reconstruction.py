@@ -407,6 +407,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(runs: Path, tmp_path: Path, deat
         ("gqa", "--data-path 0.5 text -1 text", "each text once, with a weight above 0"),
         ("gqa", "--data-path text --sequence-length 65", "more than the 64 positions"),
         ("gqa", "", "--reconstruct learns from text: add --data-path"),
+        ("gqa", "--data-path text --hidden-size-remain 5000", "--hidden-size-remain 5000 must lie between 1 and"),
+        ("gqa", "--data-path text --format torch --tensor-model-parallel-size 3", "3 does not divide the parent's"),
+        ("gqa", "--data-path text --criterion contribution --num-layers-remain 9", "between 1 and the parent's 4"),
         ("gqa", "--data-path text --candidates 2", "--candidates 2 is of the shapes for a size"),
     ],
 )
@@ -419,6 +422,14 @@ def test_mistakes_are_said_before_any_work(
     with pytest.raises(ValueError, match=complaint):
         prune(runs / f"{shape}-parent", runs / "never", *flags)
     assert not list(runs.glob("*never*"))
+
+
+@pytest.mark.slow
+def test_nothing_is_left_in_a_parent_that_the_target_is_in(runs: Path) -> None:
+    parent = runs / "gqa-parent"
+    with pytest.raises(ValueError, match="overlap: name a directory of its own"):
+        prune(parent, parent / "never", "--reconstruct", f"--data-path={runs / 'text'}", "--hidden-size-remain=24")
+    assert not list(parent.glob(".*"))
 
 
 def test_folders_above_the_target_are_made(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ LEARN, BATCH = [f"--data-path={HERE}", f"--valid-data-path={HERE}"], ["--seq-len
         (["--shape=1"], "--shape 1 is of the shapes for a size: add --target-params"),
         (["--candidates=2", "--drop-layers=1"], "add --target-params"),
         (["--target-ratio=0.5", "--shape=best"], "measure shapes first, with --candidates"),
+        (["--target-ratio=0.6", "--shape=1", LEARN[0]], "would not look at the text: add --reconstruct"),
         (["--target-ratio=0.5", "--kv-batch=4"], "--kv-batch 4 is of the cache .*: add that"),
         (["--target-memory=1GB", "--kv-sequence=64"], "is not below the parent's 313,312 bytes"),
         (["--target-memory=170kB", "--kv-sequence=64", "--kv-batch=100"], "the nearest has .* bytes: ask for that"),

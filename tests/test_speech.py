@@ -31,6 +31,8 @@ def test_a_program_reads_one_object(gqa: Path, tmp_path: Path, capsys: pytest.Ca
 
     prune(gqa, tmp_path / "planned", "--ffn-hidden-size-remain=40", "--plan-only", "--json")
     assert printed(capsys)["pruned"]["sizes"]["ffn"] == 40 and not (tmp_path / "planned").exists()
+    prune(gqa, tmp_path / "pruned", "--ffn-hidden-size-remain=32", "--plan-only", "--json")
+    assert printed(capsys)["pruned"]["sizes"]["ffn"] == 32, "and not of what lies there"
 
     prune(gqa, tmp_path / "sized", "--target-ratio=0.5", "--json")
     shapes = printed(capsys)["shapes"]

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import re
 import shutil
@@ -114,7 +113,7 @@ def measure(
         os.close(held)
     replace_durably(folder / "shapes.png", measured_figure(measured))
     print(measured.describe())
-    print(f"picture: {folder / 'shapes.png'}; take the first with --shape {BEST} instead of --candidates")
+    print(f"picture: {folder / 'shapes.png'}; take the first with --shape {BEST} --reconstruct instead of --candidates")
     return measured
 
 
@@ -253,8 +252,6 @@ class _Work:
         )  # fmt: skip
         loss = float(json.loads(result.read_bytes())[0]["loss"])
         result.unlink()
-        if not math.isfinite(loss):
-            raise ValueError(f"{checkpoint} has a loss of {loss}; of a training: try a smaller --lr (log: {log})")
         return loss
 
 

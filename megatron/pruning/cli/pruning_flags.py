@@ -1,6 +1,7 @@
 """What prune_llama.py's command line asks for: a request, a plan file, or shapes of a size."""
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.axes import PRUNABLE
 from megatron.pruning.model.checkpoint import Checkpoint, fingerprint
 from megatron.pruning.model.layout import Layout
-from megatron.pruning.plan.choose import CRITERIA, LAYER_CRITERIA, Criterion, LayerCriterion
+from megatron.pruning.plan.choose import CRITERIA, LAYER_CRITERIA, LAYER_CRITERION, Criterion, LayerCriterion
 from megatron.pruning.plan.decide import REMAIN_FLAGS, PruneRequest, decide
 from megatron.pruning.plan.measured import BEST
 from megatron.pruning.plan.plan import Plan
@@ -68,6 +69,19 @@ def plan_from_flags(
     return decide(request, parent, scores)
 
 
+def blind_plan(args: argparse.Namespace, parent: Checkpoint, layout: Layout, shape: Shape | None = None) -> Plan:
+    """Return a plan of the sizes that are asked for, or the one that was given, without a look at any scores.
+
+    What cannot be done with it cannot be done with the one by scores either, which takes long to be there. Raises
+    ValueError for every pruning that cannot be.
+    """
+    if args.plan is not None:
+        return read_plan(args.plan, parent)
+    request = request_from_flags(args, layout, shape)
+    spaced = LAYER_CRITERION if request.layer_criterion else None
+    return decide(dataclasses.replace(request, criterion=None, layer_criterion=spaced, correct_norms=None), parent)
+
+
 def _taking(criteria: Mapping[str, Criterion] | Mapping[str, LayerCriterion]) -> str:
     return " or ".join(name for name, criterion in criteria.items() if criterion.needs_scores)
 
@@ -112,7 +126,7 @@ def pruning_facts(
     evidence, losses = plan.evidence, report.losses if report else None
     return {
         "parent": facts(parent),
-        "pruned": facts(open_checkpoint(args.save)) if args.save.exists() else {"sizes": plan.sizes},
+        "pruned": {"sizes": plan.sizes} if args.plan_only else facts(open_checkpoint(args.save)),
         "dropped_layers": plan.dropped_layers,
         "prune_type": plan.prune_type,
         "evidence": msgspec.to_builtins(evidence),

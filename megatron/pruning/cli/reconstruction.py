@@ -63,6 +63,11 @@ def check_reconstruction_flags(args: argparse.Namespace, parser: argparse.Argume
     if args.reconstruct and not args.data_path:
         raise ValueError("--reconstruct learns from text: add --data-path PREFIX")
     reconstructs = args.reconstruct or args.candidates is not None
+    if args.shape is not None and args.data_path and not reconstructs:
+        raise ValueError(
+            f"--shape {args.shape} with --data-path, but without --reconstruct, would not look at the text: "
+            "add --reconstruct, or leave --data-path out"
+        )
     for name in _OPTIONS:
         if not reconstructs and getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} is for a reconstruction: add --reconstruct")
