@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from commands import ROOT
 from helpers import convert, hf_loss, make_llama, write_documents
+from safetensors.torch import load_file, save_file
 from stock_loop import StockLoop
 
 from megatron.pruning.formats import open_checkpoint
@@ -44,6 +45,22 @@ def test_table_compares_checkpoints_on_text(tmp_path: Path, capsys: pytest.Captu
         assert result["loss"] == pytest.approx(loss, abs=1e-5)
         parameters = f"{open_checkpoint(path).config.parameters:,}"
         assert line.split() == [str(path), parameters, f"{loss:.4f}", f"{math.exp(loss):.2f}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value,said", [(float("nan"), "nan"), (1e5, "[0-9.e+]+")])
+def test_a_loss_that_is_no_use_ends_in_a_sentence(tmp_path: Path, value: float, said: str) -> None:
+    model = make_llama(tmp_path / "model", "gqa", layers=1)
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] *= value
+    save_file(weights, model / "model.safetensors")
+    write_documents(tmp_path / "data", np.random.default_rng(0).integers(0, 101, 65))
+    words = (
+        f"--load {model} --data {tmp_path / 'data'} --sequence-length 64 --device cpu --json {tmp_path / 'out.json'}"
+    )
+    with pytest.raises(ValueError, match=f"model has a loss of {said}: was it trained"):
+        evaluate.main(words.split())
+    assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.slow

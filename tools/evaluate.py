@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 _SHOWN = {"parameters": "{:,}", "perplexity": "{:.2f}"}  # all else has four digits
+_MOST = 700.0  # nats a token; e to the power of more is no number
 _NARROWEST = 14  # columns of a figure: those of 70B parameters
 
 
@@ -196,8 +197,10 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
         result: dict[str, Any] = {"path": str(checkpoint.path), "parameters": checkpoint.config.parameters}
         model = evaluation.model(checkpoint)
         if data is not None:
-            result["loss"] = evaluation.loss(checkpoint, model, data, counts)
-            result["perplexity"] = math.exp(result["loss"])
+            loss = evaluation.loss(checkpoint, model, data, counts)
+            if not loss < _MOST:  # or nothing at all
+                raise ValueError(f"{checkpoint.path} has a loss of {loss:g}: was it trained with too large a --lr?")
+            result |= {"loss": loss, "perplexity": math.exp(loss)}
         if args.tasks:
             result |= task_scores(checkpoint, model, args.tasks, args.task_folder, args.batch_size, args.limit)
         del model  # before there is the next
