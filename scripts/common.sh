@@ -26,9 +26,10 @@ forget_settings() {
         LOG_INTERVAL VERBOSE
 }
 
-# words TEXT: set `split` to one prefix, which may hold spaces, or to those of "weight prefix weight prefix ...".
+# words TEXT: set `split` to one prefix or file, which may hold spaces, or to those of "weight prefix weight prefix ...",
+# on any number of lines.
 words() {
-    if [ -f "$1.idx" ]; then split=("$1"); else read -ra split <<<"$1"; fi
+    if [ -f "$1.idx" ] || [ -f "$1" ]; then split=("$1"); else read -rd '' -a split <<<"$1" || :; fi
 }
 
 # The number of GPUs that torch can use here; where there are some that it cannot, it says why.

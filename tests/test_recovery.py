@@ -56,6 +56,13 @@ def test_check_model_trains_a_pruned_pipeline_and_resumes(folder: Path) -> None:
     assert exported_loss(folder / "pp2-trained") < resumed[7]
 
 
+def test_texts_with_weights_may_stand_on_several_lines(folder: Path, tmp_path: Path) -> None:
+    settings = {"LOAD_PATH": folder / "hf", "TOKENIZER_MODEL": "none", "SAVE_PATH": tmp_path / "new"}
+    _, words = check_model(tmp_path, **settings, DATA_PATH="\n  0.7 a\n  0.3 b\n", VALID_DATA_PATH="c")
+    at = words.index("--train-data-path")
+    assert words[at : at + 5] == ["--train-data-path", "0.7", "a", "0.3", "b"]
+
+
 @pytest.mark.parametrize(
     "gpus,nodes,layout,batch,started",
     [
