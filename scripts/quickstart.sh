@@ -5,7 +5,8 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-RUNS=${RUNS:-$HERE/runs/quickstart} # everything lands here
+# Everything lands here. Not in RUNS, where the other scripts have a user's own runs: it starts by removing what is there.
+RUNS=${QUICKSTART_RUNS:-$HERE/runs/quickstart}
 SEQUENCES=${SEQUENCES:-128}         # sequences of text to reconstruct by
 TRAIN_ITERS=${TRAIN_ITERS:-80}      # steps of continued pretraining
 TP=${TP:-} # empty: 2, or 1 where there is one GPU

@@ -255,7 +255,7 @@ def two_ranks(at: Machine) -> Found:
 def quickstart(at: Machine) -> Found:
     """Run the README's first command: each of its models is better than the one before."""
     top = at.work / "quickstart"
-    at.run("quickstart", "scripts/quickstart.sh", RUNS=top, TRAIN_ITERS=100, TP="")
+    at.run("quickstart", "scripts/quickstart.sh", QUICKSTART_RUNS=top, TRAIN_ITERS=100, TP="")
     parent, cut, pruned, recovered = (model["loss"] for model in json.loads((top / "losses.json").read_text()))
     return Found([
         Figure("parent", parent), Figure("cut", cut), Figure("reconstructed", pruned, parent, cut),
