@@ -62,6 +62,12 @@ def main(argv: list[str]) -> None:
         raise ValueError("this disk is full")
     if argv[2] == "stops":
         time.sleep(600)
+    if argv[2] == "behind":
+        store = world.meeting_place()["store"]
+        if world.rank == 0:
+            time.sleep(4.0)
+            store.set("0", "of nccl")
+        print(store.get("0").decode(), flush=True)
     if world.rank == 1:
         processes.LOOK = 1.0  # slow to look
     print(world.share("from the first" if world.rank == 0 else ""), flush=True)

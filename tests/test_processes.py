@@ -45,6 +45,12 @@ def test_a_process_that_fails_before_it_joins_says_so_and_the_other_names_it(sta
 
 
 @pytest.mark.slow
+def test_torch_waits_for_one_that_is_behind_and_the_others_live_on(start: Callable[..., Meeting]) -> None:
+    both = [start(rank, "behind", silence=2) for rank in (0, 1)]
+    assert [process.end() for process in both] == [(0, "joined\nof nccl\nfrom the first\n", "")] * 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_process_that_fails_later_ends_the_others_with_its_sentence(
     start: Callable[..., Meeting], failing: int

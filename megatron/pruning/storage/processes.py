@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 # Seconds: until all processes must have joined, between two looks at the others, and without a sign of life from one.
 JOINING, LOOK, SILENCE = 120.0, 0.2, 120.0
+BEHIND = 1800.0  # seconds that one may be behind the others where torch waits for it
 
 
 def rank() -> int:
@@ -75,10 +76,18 @@ class World:
         return World.current
 
     def meeting_place(self) -> dict[str, Any]:
-        """Return what torch needs for these processes to meet in groups of its own; nothing for one that is alone."""
+        """Return what torch needs for these processes to meet in groups of its own; nothing for one that is alone.
+
+        It is another way to the store that they have met at: nccl waits there for one that is behind, which would hold
+        up the sign of life, and for longer than that may take.
+        """
         if self.board is None:
             return {}
-        return {"store": self.board.store_of("torch"), "rank": self.rank, "world_size": self.size}
+        from torch._C._distributed_c10d import PrefixStore
+
+        store = PrefixStore("torch", _connect(self.size, hosts=False))
+        store.set_timeout(timedelta(seconds=BEHIND))
+        return {"store": store, "rank": self.rank, "world_size": self.size}
 
     def barrier(self) -> None:
         """Wait for every process. Raises ValueError when one of them will not come."""
@@ -121,12 +130,6 @@ class _Board:
         self._thread.start()
         atexit.register(self.close)
         self._wait_for_all()
-
-    def store_of(self, name: str) -> Any:
-        """Return a part of the store that has keys of its own."""
-        from torch._C._distributed_c10d import PrefixStore
-
-        return PrefixStore(name, self._store)
 
     def close(self) -> None:
         """Stop looking: a thread that is inside of torch when the process ends would abort it."""
