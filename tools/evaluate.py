@@ -35,7 +35,7 @@ from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.plan.measured import EVALUATED
 from megatron.pruning.storage.dtypes import TORCH_NAMES
-from megatron.pruning.storage.processes import World, count, is_first
+from megatron.pruning.storage.processes import EndedTogether, World, count, is_first
 from megatron.pruning.storage.small_files import replace_durably
 from megatron.pruning.training.tokens import Tokens, conversations, windows
 
@@ -187,11 +187,27 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Evaluate every checkpoint on the same tokens and tasks, print one table, and return what stands in it."""
     check(args)
     checkpoints = [open_checkpoint(path, fetch=True) for path in args.load]
+    data, counts = read_text(args, checkpoints) if args.data else (None, None)
+    evaluation = start(args, checkpoints)
+    with EndedTogether():
+        results = evaluated(args, checkpoints, evaluation, data, counts)
+    if isinstance(args.json, Path) and is_first():
+        replace_durably(args.json, (json.dumps(results, indent=1) + "\n").encode())
+    evaluation.close()
+    return results
+
+
+def evaluated(
+    args: argparse.Namespace,
+    checkpoints: Sequence[Checkpoint],
+    evaluation: "Evaluation",
+    data: Tokens | None,
+    counts: Any,
+) -> list[dict[str, Any]]:
+    """Evaluate one after the other, print each, and return them. Raises ValueError for a loss that is none."""
     # It takes seconds, and --help and the mistakes before this need none of it.
     from megatron.pruning.training.evaluation import task_scores
 
-    data, counts = read_text(args, checkpoints) if args.data else (None, None)
-    evaluation = start(args, checkpoints)
     results: list[dict[str, Any]] = []
     for checkpoint in checkpoints:
         result: dict[str, Any] = {"path": str(checkpoint.path), "parameters": checkpoint.config.parameters}
@@ -208,9 +224,6 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             say(row(result, args.load, heading=True))
         say(row(result, args.load))
         results.append(result)
-    if isinstance(args.json, Path) and is_first():
-        replace_durably(args.json, (json.dumps(results, indent=1) + "\n").encode())
-    evaluation.close()
     return results
 
 

@@ -28,7 +28,7 @@ from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.scores import read
 from megatron.pruning.storage.dtypes import TORCH_NAMES
-from megatron.pruning.storage.processes import is_first
+from megatron.pruning.storage.processes import EndedTogether, is_first
 from megatron.pruning.training.quiet import quiet_imports
 from megatron.pruning.training.tokens import windows
 
@@ -153,7 +153,8 @@ def record(args: argparse.Namespace) -> None:
             print(f"source: {checkpoint}\ntext: {len(text):,} sequences of {length} tokens of {args.data}", flush=True)
         recorder = recorder_for(checkpoint, layout, dtype, length, args.layer_loss > 0, args.layer_by_layer)
         copies, copy = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-        score(args.save, empty, recorder, text, copies, copy)
+        with EndedTogether():
+            score(args.save, empty, recorder, text, copies, copy)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -16,7 +16,7 @@ from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.reconstructed import AUTO, Report, Ridge
 from megatron.pruning.plan.scores import Scores, read
 from megatron.pruning.storage.output import hold_directory
-from megatron.pruning.storage.processes import World
+from megatron.pruning.storage.processes import EndedTogether, World
 from megatron.pruning.storage.small_files import replace_durably
 
 SEQUENCES, LONGEST = 128, 2048
@@ -135,8 +135,9 @@ class Reconstructor:
         dtype = "fp32" if cpu_device.is_installed() else "bf16"
         wanted = nothing_yet(self.parent, text, 0, dtype)
         if self.world.share("there" if _is_of(file, wanted) else "missing") == "missing":
-            recorder = recorder_for(self.parent, Layout(vocab_divisor=1), dtype, text.shape[1] - 1)
-            score(file, wanted, recorder, text, self.world.size, self.world.rank)
+            with EndedTogether():
+                recorder = recorder_for(self.parent, Layout(vocab_divisor=1), dtype, text.shape[1] - 1)
+                score(file, wanted, recorder, text, self.world.size, self.world.rank)
         self.world.barrier()
         return read(file)
 
@@ -150,8 +151,9 @@ class Reconstructor:
         options = Options(self.args.ridge, self.args.rotate_hidden, self.args.untie)
         device = torch.device("cuda", torch.cuda.current_device())
         text = Text(self.calibration, device, self.world.rank, self.world.size)
-        job = Job(self.parent, plan, text, options, self.args.dtype, self.work, self.world)
-        model, report = job.run()
+        with EndedTogether():
+            job = Job(self.parent, plan, text, options, self.args.dtype, self.work, self.world)
+            model, report = job.run()
         if self.world.rank == 0:
             print(describe_report(report), flush=True)
             if importlib.util.find_spec("matplotlib") and report.weights:
