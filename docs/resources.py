@@ -73,16 +73,18 @@ def states_bytes(pair: Pair) -> float:
 
 
 def refit_bytes(pair: Pair) -> float:
-    """Return the bytes of a process that refits: a layer of both models in fp32, and sums of products in fp64."""
+    """Return the bytes of a process that refits: a layer of both models in fp32, and sums of products in fp64.
+
+    These are of two texts; the widest weight's are factored in another copy, and solved for in a few of its own size.
+    """
     layers = sum(4.0 * config.parameters / config.num_layers for config in (pair.parent, pair.pruned))
     ffn, hidden = pair.pruned.ffn_hidden_size, pair.pruned.hidden_size
-    return layers + 8.0 * (ffn * ffn + ffn * hidden + hidden * hidden)
+    return layers + 8.0 * (2 * (ffn * ffn + ffn * hidden + hidden * hidden) + ffn * ffn + 4 * ffn * hidden)
 
 
 def evaluation_bytes(config: LlamaConfig, windows: int = 8, length: int = 512) -> float:
-    """Return the bytes of the GPU of tools/evaluate.py: weights, keys and values, and logits in bf16 and twice fp32."""
-    keys_and_values = 2.0 * 2 * config.num_layers * config.num_query_groups * config.head_dim
-    return 2.0 * config.parameters + windows * length * (keys_and_values + 10.0 * config.vocab_size)
+    """Return the bytes of the GPU of tools/evaluate.py: weights, and logits in bf16 and twice in fp32."""
+    return 2.0 * config.parameters + windows * length * 10.0 * config.vocab_size
 
 
 def gpus_for(need: Callable[[int], float]) -> str:

@@ -102,7 +102,7 @@ class Evaluation:
         progress = Progress(what, windows, self.world.rank == 0, unit="windows")
         total = torch.zeros(2, dtype=torch.float64)
         for tokens, counted in portions.values():
-            logits = model(tokens[:, :-1]).logits[counted].float()
+            logits = model(tokens[:, :-1], use_cache=False).logits[counted].float()
             total[0] += cross_entropy(logits, tokens[:, 1:][counted], reduction="sum").cpu()
             total[1] += counted.sum().cpu()
             progress.advance(len(tokens))

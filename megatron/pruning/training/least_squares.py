@@ -52,7 +52,7 @@ class Moments:
 
 @dataclass
 class Fit:
-    """A weight [out, in] in float64, and sums of squares: of what it should give, and of what it misses of it.
+    """A weight [out, in], and sums of squares in float64: of what it should give, and of what it misses of it.
 
     `ridge` is infinite where a part of the weight was let be: every change made the held-out error worse. Squares are
     on the calibration text and on the held-out text.
@@ -87,7 +87,7 @@ class LeastSquares:
             for start in range(0, len(cut), _ROWS if parent is not None else len(cut))
         ]
         return Fit(
-            weight=torch.cat([part.weight for part in parts]),
+            weight=torch.cat([part.weight.to(cut.dtype) for part in parts]),
             ridge=max(part.ridge for part in parts),
             wanted=_added_up(part.wanted for part in parts),
             before=_added_up(part.before for part in parts),
@@ -122,7 +122,9 @@ class LeastSquares:
         inputs = self.calibration.inputs
         squares = inputs.diagonal()
         pull = max(ridge * float(squares.mean()), _ROUNDING * float(squares.max()), 1e-300)
-        factor, failed = torch.linalg.cholesky_ex(inputs + pull * torch.eye(len(inputs)).to(inputs))
+        pulled = inputs.clone()
+        pulled.diagonal().add_(pull)
+        factor, failed = torch.linalg.cholesky_ex(pulled)
         found = None if failed else factor
         if keep:
             self._factors[ridge] = found

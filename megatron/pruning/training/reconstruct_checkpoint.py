@@ -30,6 +30,7 @@ from megatron.pruning.training.basis import NORM_OF
 from megatron.pruning.training.layerwise import ROW, States, Weights
 from megatron.pruning.training.least_squares import Fit
 from megatron.pruning.training.reconstruct import Options, Reconstruction, Text, loss_of
+from megatron.pruning.training.room import free_on_gpu
 
 COMMIT_SECONDS = 60.0  # between the layers that an interrupted run can go on from, where states are in memory
 _BASIS = "basis.safetensors"
@@ -207,12 +208,19 @@ class Job:
 
     def _check_disk(self) -> None:
         """Say what the hidden states take. Raises ValueError when there is no room for them."""
-        need, free = self._bytes_of_states(), shutil.disk_usage(self.folder).free
+        need, free = self._bytes_on_disk(), shutil.disk_usage(self.folder).free
         if need > free:
             raise ValueError(
                 f"{self.folder} has {free / 1e9:.1f} GB free, but the hidden states of the text take "
                 f"{need / 1e9:.1f} GB: take fewer --sequences, or a --save on a larger disk"
             )
+
+    def _bytes_on_disk(self) -> int:
+        """Return what of them lies in files: what a layer begins with, twice, where a GPU has room for the others."""
+        if not self.states.in_memory:
+            return self._bytes_of_states()
+        widths = 2 * (self.parent.config.hidden_size + self.plan.sizes["hidden"])
+        return int(self.text.calibration.tokens.size) * widths * 4
 
     def _bytes_of_states(self) -> int:
         """Return what the hidden states of the whole text take, on all ranks together."""
@@ -224,7 +232,7 @@ class Job:
         """Tell whether every rank's GPU has room for its hidden states, with as much again for the work."""
         if self.text.device.type != "cuda" or cpu_device.is_installed():
             return False
-        room = torch.cuda.mem_get_info(self.text.device)[0] / 2
+        room = free_on_gpu() / 2  # the model that the scores were of has gone
         without = torch.tensor(float(self._bytes_of_states() / self.text.ranks >= room), device=self.text.device)
         self.text.add_up(without)  # all ranks must do the same
         return float(without) == 0

@@ -2,7 +2,7 @@
 
 Some sequences go through a layer before the next one is read from the checkpoint. What is kept of each are its hidden
 states on the device, and in the machine's memory its unit vectors before every layer, of which pairs are compared, and,
-where the loss without each layer is wanted, its hidden states without each.
+where the loss without each layer is wanted, its hidden states without each, on the device or in that memory.
 """
 
 import sys
@@ -22,7 +22,7 @@ from megatron.pruning.storage.processes import is_first
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.layerwise import ROW, Layer, embed, layer_of, tensor_of
 from megatron.pruning.training.record_scores import POSITIONS, Recorder
-from megatron.pruning.training.room import free_memory, processes_here, too_large
+from megatron.pruning.training.room import free_memory, free_on_gpu, processes_here, too_large
 from megatron.pruning.training.stock_model import build
 
 AT_ONCE = 32  # sequences, at most: so often are the weights read once
@@ -36,7 +36,7 @@ class _Reading:
     tokens: torch.Tensor  # [1, length + 1]
     hidden: torch.Tensor
     states: list[torch.Tensor]  # its unit vectors before every layer so far, in the machine's memory
-    without: list[torch.Tensor] | None  # `hidden` without each of the layers so far, there too, where that is wanted
+    without: list[torch.Tensor] | None  # where that is wanted, `hidden` without each of the layers so far
 
 
 class LayerwiseRecorder(Recorder):
@@ -56,6 +56,10 @@ class LayerwiseRecorder(Recorder):
         room = torch.tensor(_SHARE_OF_MEMORY * free_memory() / processes_here(), device=device)
         torch.distributed.all_reduce(room, torch.distributed.ReduceOp.MIN)  # all processes must do the same
         self.at_once = max(1, min(AT_ONCE, int(room) // of_one))
+        # What is without a layer is needed at each of the next: on a GPU, where that has room.
+        self.aside = torch.device("cpu")
+        if not cpu_device.is_installed() and self.at_once * of_one < free_on_gpu() / 2:
+            self.aside = device
 
     def sequence(self, window: np.ndarray[Any, np.dtype[np.int64]], layer_losses: bool) -> None:
         """Take one sequence, as Recorder does; it is read with the next ones, or before `collect` returns."""
@@ -95,8 +99,8 @@ class LayerwiseRecorder(Recorder):
         """Bring a sequence through the layer at hand, which watches the whole one alone."""
         if one.without is not None:
             for i, hidden in enumerate(one.without):  # in place: of a large model they take gigabytes
-                one.without[i] = self.layer(hidden.to(self.device)).cpu()
-            one.without.append(one.hidden.cpu())
+                one.without[i] = self.layer(hidden.to(self.device)).to(self.aside)
+            one.without.append(one.hidden.to(self.aside))
         self.watching, self.states = True, one.states
         self._keep_state(one.hidden)
         one.hidden = self.layer(one.hidden)
