@@ -62,6 +62,7 @@ def test_losses_are_those_after_a_conversion_and_a_resumed_run_has_them_too(name
     first = loop.run("first", f"{words['hf']} --exit-interval 2", ranks, gpu=case.te).ok()
     resumed = loop.run("resumed", words["hf"], ranks, gpu=case.te).ok()
     assert re.search(r"distributed_timeout_minutes \.+ 60\n", first.log), "reading weights takes time"
+    assert re.search(r"distributed_timeout_seconds_after_init \.+ 600\n", first.log), "and a step does not"
     assert len(wanted.losses) == 3 and first.losses | resumed.losses == wanted.losses
     assert sorted(first.losses) == [1, 2] and sorted(resumed.losses) == [3]
     for file in ("huggingface/config.json", "latest_checkpointed_iteration.txt"):

@@ -101,6 +101,8 @@ def refuse_impossible(args: argparse.Namespace) -> None:
     learning rate's decay ends before its warm-up, a setting of distillation is out of its range, or a validation or an
     attention is asked for that Megatron has not.
     """
+    if args.kd_save:  # nothing is trained: no optimizer is made, or read, and no --lr is needed
+        args.skip_train = True
     _refuse_missing(args)
     _go_without_validation(args)
     _refuse_layout(args)
@@ -160,11 +162,15 @@ def _validate_whole(args: argparse.Namespace) -> None:
 def _give_time(args: argparse.Namespace) -> None:
     """Let ranks wait while others read the weights to start from or a teacher's, unless the user has said how long.
 
-    Each takes its own time for that, and a large model on a slow disk more than the ten minutes of stock. What ends
-    with an error meanwhile ends the others at once (processes.EndedTogether).
+    Each takes its own time for that, and a large model on a slow disk more than the ten minutes of stock, which hold
+    again from the first step on. What ends with an error meanwhile ends the others at once (processes.EndedTogether).
     """
     if args.distributed_timeout_minutes is None:
-        args.distributed_timeout_minutes = 60 if args.teacher_load or args.pretrained_checkpoint else 10
+        args.distributed_timeout_minutes = 10
+        if args.teacher_load or args.pretrained_checkpoint:
+            args.distributed_timeout_minutes = 60
+            if args.distributed_timeout_seconds_after_init is None:
+                args.distributed_timeout_seconds_after_init = 600
 
 
 def _refuse_layout(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ samples have been read: what is there when the run is killed is not read again.
 import argparse
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from megatron.training.utils import print_rank_0
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import fingerprint
 from megatron.pruning.storage.output import hold_directory, require_room
+from megatron.pruning.storage.processes import LOOK
 from megatron.pruning.storage.progress import Progress
 from megatron.pruning.training.distillation import ask, logits_of, samples_of, vocabulary_of
 from megatron.pruning.training.divergence import TopK, top_k
@@ -41,7 +43,6 @@ def record(args: argparse.Namespace, model: Any, datasets: Callable[..., Any], g
     config = pretrain_cfg_container_from_args(args, model)
     initialize_megatron()
     train, _, _ = datasets(training.get_train_valid_test_num_samples())
-    args.skip_train = True  # no optimizer, then
     models, _, _ = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=config,
@@ -151,6 +152,9 @@ def _read_all(
             if writes:
                 texts, *answers = (torch.cat(parts)[:count].numpy() for parts in zip(*kept, strict=True))
                 cache.write(number, texts, **dict(zip(TopK._fields, answers, strict=True)))
+    # Not at a barrier of nccl, which would give up on a copy that is an hour behind.
+    while cache.missing():
+        time.sleep(LOOK)
     torch.distributed.barrier()
 
 
