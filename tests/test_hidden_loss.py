@@ -10,7 +10,9 @@ from helpers import convert, make_llama, plan_of, prune, write_repeated
 from stock_loop import Run, StockLoop
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
+from megatron.pruning.training.hidden_loss import HiddenLoss
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +105,15 @@ def test_first_step_has_the_losses_and_the_gradient_of_a_float64_reference(
     for what, value in (("hidden loss", hidden), ("kd loss", kd)):
         assert found.values(what)[1] == pytest.approx(float(value), rel=2e-5), what
     assert found.values("grad norm")[1] == pytest.approx(float(norm), rel=2e-5, abs=6e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", None])
+def test_a_student_of_another_dtype_is_no_rotation(loop: StockLoop, tmp_path: Path, dtype: str | None) -> None:
+    flags = ["--hidden-size-remain", "32", "--format", "hf", *(["--dtype", dtype] if dtype else [])]
+    student = prune(loop.folder / "teacher", tmp_path / "student", *flags)
+    teacher, cut = open_checkpoint(loop.folder / "teacher"), open_checkpoint(student)
+    basis = HiddenLoss(teacher, cut, VOCABULARY, torch.device("cpu")).basis
+    assert basis.matrix is None and (basis.channels.numpy() == plan_of(student).hidden).all()
 
 
 def test_rotated_teacher_has_no_hidden_loss(runs: dict[str, Run]) -> None:

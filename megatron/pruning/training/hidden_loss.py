@@ -49,6 +49,7 @@ class HiddenLoss:
 def _basis(teacher: Checkpoint, student: Checkpoint, vocab: int) -> Basis:
     """Return the student's hidden space in the teacher's, from a sample of the rows of their embeddings."""
     wide, narrow = (_rows(checkpoint, vocab, 4 * teacher.config.hidden_size) for checkpoint in (teacher, student))
+    wide, narrow = wide.to(narrow.dtype).float(), narrow.float()  # as the pruning wrote what it kept of it
     numbers = {column.tobytes(): number for number, column in enumerate(wide.T.contiguous().numpy())}
     found = [numbers.get(column.tobytes()) for column in narrow.T.contiguous().numpy()]
     if None not in found:
@@ -66,4 +67,4 @@ def _basis(teacher: Checkpoint, student: Checkpoint, vocab: int) -> Basis:
 def _rows(checkpoint: Checkpoint, vocab: int, most: int) -> Tensor:
     view = checkpoint.weight(ROW["embed"], None)
     rows = np.unique(np.linspace(0, vocab - 1, min(vocab, most)).astype(np.intp))
-    return torch.from_numpy(view.read(rows)).view(getattr(torch, TORCH_NAMES[view.dtype])).float()
+    return torch.from_numpy(view.read(rows)).view(getattr(torch, TORCH_NAMES[view.dtype]))
