@@ -280,8 +280,9 @@ def test_what_does_not_fit_is_one_sentence(folder: Path, loop: StockLoop) -> Non
     write_masked(folder / "half", conversations(0, 40))
     write_masked(folder / "long", conversations(7, 40, longest=99))
     (folder / "half_mask.bin").unlink()
+    write_masked(folder / "fewer", conversations(5, 9))
     for suffix in ("bin", "idx"):
-        (folder / f"short_mask.{suffix}").write_bytes((folder / f"few_mask.{suffix}").read_bytes())
+        (folder / f"short_mask.{suffix}").write_bytes((folder / f"fewer_mask.{suffix}").read_bytes())
     cases = {
         "--train-data-path short": "short: short_mask is no mask of it: 9 documents with ",
         "--train-data-path odd": "odd: odd_mask holds 2, and a mask has nothing but 0 and 1",

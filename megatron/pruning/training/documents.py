@@ -11,6 +11,7 @@ itself, and takes no weights or token files beside it: one run could not learn f
 import argparse
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,17 @@ def pack(lengths: NDArray[np.int32], room: int) -> list[tuple[int, int]]:
     return starts
 
 
-def documents_of(cu_seqlens: torch.Tensor, length: int) -> PackedSeqParams:
+class Documents(PackedSeqParams):  # type: ignore[misc]  # of a library without types
+    """Where documents begin, which torch's attention is told in numbers that the host has."""
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Their tokens, asked of the device once, and not by every layer."""
+        lengths: list[int] = self.cu_seqlens_q.diff().tolist()
+        return lengths
+
+
+def documents_of(cu_seqlens: torch.Tensor, length: int) -> Documents:
     """Return where documents begin in a micro batch of sequences of `length`, all of which lie behind each other.
 
     `cu_seqlens` are Megatron's, `[batch, length + 1]`: where each document of a sequence begins, then `length` again
@@ -117,7 +128,7 @@ def documents_of(cu_seqlens: torch.Tensor, length: int) -> PackedSeqParams:
     """
     firsts = torch.arange(len(cu_seqlens), device=cu_seqlens.device, dtype=cu_seqlens.dtype) * length
     begins = torch.unique(cu_seqlens + firsts[:, None])  # sorted
-    return PackedSeqParams("sbhd", begins, begins, max_seqlen_q=length, max_seqlen_kv=length)
+    return Documents("sbhd", begins, begins, max_seqlen_q=length, max_seqlen_kv=length)
 
 
 class EngineDocuments:

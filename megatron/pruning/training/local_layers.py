@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -14,7 +13,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import GPTModelConfig
 from megatron.training.models.gpt import default_layer_spec
 
-from megatron.pruning.training.documents import EngineDocuments
+from megatron.pruning.training.documents import Documents, EngineDocuments
 
 
 class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library without types
@@ -44,7 +43,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: Documents | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """Return what the queries gather, `[sequence, batch, heads * head_dim]`.
@@ -81,14 +80,11 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
-    def _apart(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedSeqParams
-    ) -> torch.Tensor:
+    def _apart(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents) -> torch.Tensor:
         """Return what the queries of each document gather in it, in the shapes of `_mix`."""
         batch = query.shape[0]
-        lengths = documents.cu_seqlens_q.diff().tolist()
         # [heads or groups, all sequences behind each other, head_dim], a document after the other
-        parts = (torch.split(t.transpose(0, 1).flatten(1, 2), lengths, dim=1) for t in (query, key, value))
+        parts = (torch.split(t.transpose(0, 1).flatten(1, 2), documents.lengths, dim=1) for t in (query, key, value))
         mixed = torch.cat([self._mix(*(t[None] for t in part)) for part in zip(*parts, strict=True)], dim=2)
         return mixed[0].view(mixed.shape[1], batch, -1, mixed.shape[-1]).transpose(0, 1)
 
