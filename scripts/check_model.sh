@@ -88,7 +88,15 @@ size_of() { # the value of a flag in the model's own
 }
 tensor=$(size_of --tensor-model-parallel-size)
 pipeline=$(size_of --pipeline-model-parallel-size)
-ranks=$((tensor * pipeline))
+context=1
+for ((i = 1; i <= $#; i++)); do
+    case ${!i} in
+    --context-parallel-size) next=$((i + 1)) context=${!next:-} ;;
+    --context-parallel-size=*) context=${!i#*=} ;;
+    esac
+done
+[[ $context =~ ^[1-9][0-9]{0,5}$ ]] || die "--context-parallel-size $context is not a number from 1 on"
+ranks=$((tensor * pipeline * context))
 nodes=${NNODES:-1}
 gpus=$(count_gpus)
 device=(--ckpt-format torch)
@@ -123,7 +131,7 @@ if [ "$gpus" -gt 0 ] && [ "$copies" -gt 1 ] && [ "$DISTRIBUTED_OPTIMIZER" = auto
     has_fused_adam && DISTRIBUTED_OPTIMIZER=1
 fi
 [ "$DISTRIBUTED_OPTIMIZER" != 1 ] || device+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
-[ "$tensor" = 1 ] && [[ " $* " != *" --context-parallel-size"* ]] ||
+[ "$((tensor * context))" = 1 ] ||
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron asks for it, before Blackwell
 [ $((MICRO_BATCH_SIZE * copies)) -le "$GLOBAL_BATCH_SIZE" ] || MICRO_BATCH_SIZE=$((GLOBAL_BATCH_SIZE / copies))
 

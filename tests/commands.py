@@ -35,8 +35,8 @@ def run(*command: str, **settings: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(**settings), text=True, capture_output=True)
 
 
-def check_model(folder: Path, gpus: int = 0, **settings: object) -> tuple[list[str], list[str]]:
-    """Run check_model.sh as on a machine with so many GPUs; return what would start the training, and its flags.
+def check_model(folder: Path, gpus: int = 0, *flags: str, **settings: object) -> tuple[list[str], list[str]]:
+    """Run check_model.sh as on a machine with so many GPUs; return what would start the training, and all its flags.
 
     Raises ValueError with what the script says where it ends before that.
     """
@@ -49,7 +49,7 @@ def check_model(folder: Path, gpus: int = 0, **settings: object) -> tuple[list[s
         (folder / "bin").mkdir(exist_ok=True)
         (folder / "bin/nvidia-smi").symlink_to("/bin/true")
         path = f"{folder / 'bin'}:{path}"
-    done = run("bash", str(ROOT / "scripts/check_model.sh"), **settings, PYTHON=python, PATH=path, VERBOSE=1)
+    done = run("bash", str(ROOT / "scripts/check_model.sh"), *flags, **settings, PYTHON=python, PATH=path, VERBOSE=1)
     if done.returncode:
         raise ValueError(done.stderr)
     words = (folder / "launched").read_text().splitlines()

@@ -56,6 +56,19 @@ def test_check_model_trains_a_pruned_pipeline_and_resumes(folder: Path) -> None:
     assert exported_loss(folder / "pp2-trained") < resumed[7]
 
 
+@pytest.mark.parametrize("flag", ["--context-parallel-size=4", "--context-parallel-size 4"])
+def test_ranks_of_context_parallelism_are_no_copies(folder: Path, tmp_path: Path, flag: str) -> None:
+    settings = {
+        "LOAD_PATH": folder / "hf", "DATA_PATH": "text", "TOKENIZER_MODEL": "none", "SAVE_PATH": tmp_path / "new",
+        "GLOBAL_BATCH_SIZE": 6, "MICRO_BATCH_SIZE": 2, "TP": 1,
+    }  # fmt: skip
+    launcher, words = check_model(tmp_path, 8, *flag.split(), **settings)
+    assert launcher[launcher.index("--nproc_per_node") + 1] == "8"
+    assert words[words.index("--micro-batch-size") + 1] == "2"
+    with pytest.raises(ValueError, match="GLOBAL_BATCH_SIZE 3 is not a multiple of the 2 data-parallel copies"):
+        check_model(tmp_path, 0, *flag.split(), **settings | {"GLOBAL_BATCH_SIZE": 3, "GPUS_PER_NODE": 8})
+
+
 def test_texts_with_weights_may_stand_on_several_lines(folder: Path, tmp_path: Path) -> None:
     settings = {"LOAD_PATH": folder / "hf", "TOKENIZER_MODEL": "none", "SAVE_PATH": tmp_path / "new"}
     _, words = check_model(tmp_path, **settings, DATA_PATH="\n  0.7 a\n  0.3 b\n", VALID_DATA_PATH="c")
