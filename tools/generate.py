@@ -5,7 +5,8 @@
     # parent and result beside each other, as a chat, a prompt a line
     python tools/generate.py --load runs/parent --load runs/recovered --prompts questions.txt --chat --temperature 0.7
 
-Without a temperature a model writes what it takes for likeliest, which is the same each time.
+Without a temperature a model writes what it takes for likeliest, which is the same each time; to repeat itself, which
+small models soon do, it is less ready (transformers' repetition_penalty of 1.2).
 """
 
 import argparse
@@ -53,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
         type=temperature,
         default=0.0,
         metavar="T",
-        help="draw the tokens, from probabilities at this temperature (default 0: take the likeliest)",
+        help="draw the tokens, from probabilities at this temperature (default 0: take the likeliest, with a penalty "
+        "for repetition)",
     )
     parser.add_argument("--seed", type=natural, default=SEED, metavar="S", help=f"seed of the draws (default {SEED})")
     parser.add_argument(
