@@ -83,6 +83,8 @@ def test_rounds_go_down_by_equal_ratios_and_begin_where_the_one_before_ended(
         assert (recover.settings["TRAIN_ITERS"], recover.tokens) == ("500", 1_000_000)
         assert recover.settings["TEACHER_LOAD"] == str(TINY) and recover.command[-2:] == ["--seed", "7"]
     assert of["export"].settings["MEGATRON_FORMAT_DIR"] == str(save / "round2/recovered")
+    said = " ".join(of["evaluate"].command)
+    assert "--sequence-length 100 --batch-size 40" in said, "as the training reads"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,41 @@ def test_ended_anywhere_it_goes_on_there(tmp_path: Path, monkeypatch: pytest.Mon
         compress.main([*words, "--teacher=parent"])
 
 
+def test_what_was_skipped_is_done_later_with_all_that_comes_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*FLAGS, "--save", str(tmp_path / "out"), "--rounds=2", "--candidates=3"]
+    whole = performed(monkeypatch)
+    compress.main([*words, "--skip=recover"])
+    assert [step.name for step in whole][:4] == [
+        "round 1: shapes",
+        "round 1: prune",
+        "round 2: shapes",
+        "round 2: prune",
+    ]
+    again = performed(monkeypatch)
+    compress.main(words)
+    names = [step.name for step in again]
+    assert names[:4] == ["round 1: recover", "round 2: shapes", "round 2: prune", "round 2: recover"]
+    assert names[4:] == ["evaluate", "export", "generate", "report"]
+
+
+def test_the_time_of_a_step_is_that_of_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, file = [*FLAGS, "--save", str(tmp_path / "out")], tmp_path / "out/compress.json"
+    now = itertools.count(step=10.0)
+    monkeypatch.setattr("time.time", lambda: next(now))
+    for _ in range(2):
+        performed(monkeypatch, last=0)
+        with pytest.raises(KeyboardInterrupt):
+            compress.main(words)
+    before = json.loads(file.read_text())["spent"]
+    assert list(before) == ["round 1: prune"]
+    performed(monkeypatch)
+    compress.main(words)
+    state = json.loads(file.read_text())
+    assert state["done"]["round 1: prune"]["seconds"] > before["round 1: prune"] > 10 and state["spent"] == {}
+
+
 @pytest.mark.parametrize("words", [["report.py", "."], ["compress.py", "--load=absent", "--save=y", *FLAGS[2:]]])
 def test_a_tool_that_is_called_directly_finds_the_others(tmp_path: Path, words: list[str]) -> None:
     name, *others = words
@@ -154,6 +191,7 @@ def test_a_step_that_outlives_the_run_keeps_others_out(tmp_path: Path) -> None:
         (["--valid-data-path=z"], "--valid-data-path z: there is neither z.bin and .idx nor a file"),
         (["--data-path", "0.5", "x", "0.5", "z"], "--data-path z: there is neither"),
         (["--load", "absent"], "--load absent: no such directory"),
+        (["--valid-data-path", __file__], "is to be trained on, too: turn it into tokens with tools/preprocess"),
     ],
 )
 def test_mistakes_are_said_before_any_step(tmp_path: Path, words: list[str], complaint: str) -> None:
@@ -220,7 +258,9 @@ def test_its_commands_give_the_same_bytes_alone(compressed: Path) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-def test_the_page_has_everything_and_needs_nothing(compressed: Path) -> None:
+def test_the_page_has_everything_and_needs_nothing(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(compressed)
+    report.main(["out"])  # as its name is from here
     page, text = ((compressed / "out" / name).read_text() for name in ("report.html", "report.md"))
     for said in ("Models", "round1/recovered", "What was cut", "2 shapes were measured", "Recovery", "Samples",
                  "The most important", "scripts/prune_llama.sh", "megatron-core", "Seed of the choice"):  # fmt: skip

@@ -43,6 +43,7 @@ from tools.candidates import check_texts  # noqa: E402
 
 STATE_FILE = "compress.json"
 STEPS = ("shapes", "prune", "recover", "evaluate", "export", "generate", "report")
+AT_ONCE = 4096  # tokens that are evaluated together
 PROMPTS = ("The most important", "def main(")
 _ROOT = Path(__file__).resolve().parents[1]
 # Settings of the scripts that the steps get from here, and none from the shell.
@@ -120,11 +121,15 @@ class Done(msgspec.Struct):
 
 
 class State(msgspec.Struct):
-    """What SAVE/compress.json says: the job, which stays the same, and the steps that are done, in order."""
+    """What SAVE/compress.json says: the job, which stays the same, and the steps that are done, in order.
+
+    `spent` are the seconds of attempts at a step that did not come to its end.
+    """
 
     job: dict[str, str]
     done: dict[str, Done] = {}
     version: int = 1
+    spent: dict[str, float] = {}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -133,8 +138,9 @@ def main(argv: Sequence[str]) -> None:
     args, further = parser().parse_known_args(words)
     args.save = args.save.absolute()
     parent = open_checkpoint(args.load)
-    check_texts("--data-path", args.data_path)
-    check_texts("--valid-data-path", [args.valid_data_path])
+    trained_on = "recover" not in args.skip.split(",") or args.measure != ZERO
+    check_texts("--data-path", args.data_path, trained_on)
+    check_texts("--valid-data-path", [args.valid_data_path], trained_on)
     steps = list(plan(args, further, parent))
     show(steps, args.save)
     if args.dry_run:
@@ -155,16 +161,28 @@ def main(argv: Sequence[str]) -> None:
 def perform_all(steps: Sequence[Step], file: Path, job: Mapping[str, str], held: int) -> None:
     """Do the steps that are not done, and write down each that is. Raises ValueError where one fails.
 
+    What comes after a step that is done now is of another model than before, as where an earlier run skipped it.
     `held` is the lock of the folder.
     """
     state = read_state(file, job)
     for number, step in enumerate(steps, start=1):
         if step.name in state.done:
             continue
+        for later in steps[number:]:
+            state.done.pop(later.name, None)
         print(f"\n== {number}/{len(steps)} {step.name}\n{step}", flush=True)
-        begin = time.time()
-        perform(step, held)
-        state.done[step.name] = Done(f"{step}", round(time.time() - begin, 1), round(time.time(), 1), step.tokens)
+        begin, before = time.time(), state.spent.pop(step.name, 0.0)
+
+        def seconds(begin: float = begin, before: float = before) -> float:
+            return round(before + time.time() - begin, 1)
+
+        try:
+            perform(step, held)
+        except BaseException:
+            state.spent[step.name] = seconds()
+            write_state(file, state)
+            raise
+        state.done[step.name] = Done(f"{step}", seconds(), round(time.time(), 1), step.tokens)
         write_state(file, state)
 
 
@@ -295,6 +313,8 @@ def after(
     losses, exported, samples = (args.save / name for name in ("losses.json", "hf", "samples.json"))
     if "evaluate" not in skipped:
         loads = [word for model in models for word in ("--load", f"{model}")]
+        # In windows as long as those of the training, to whose curves the losses are compared.
+        length = min(positive_setting("SEQ_LENGTH"), tokens)
         yield Step(
             "evaluate",
             [
@@ -305,6 +325,10 @@ def after(
                 args.valid_data_path,
                 "--max-tokens",
                 f"{tokens}",
+                "--sequence-length",
+                f"{length}",
+                "--batch-size",
+                f"{max(1, AT_ONCE // length)}",
                 "--json",
                 f"{losses}",
             ],

@@ -9,6 +9,7 @@ versions of what ran them. What is not there, because its step was skipped or ha
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -95,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> None:
     """Write the report."""
-    folder = parser().parse_args(hyphenated(argv)).folder
+    folder = parser().parse_args(hyphenated(argv)).folder.absolute()
     if not (folder / STATE_FILE).is_file():
         raise ValueError(f"{folder} has no {STATE_FILE}: name the SAVE_PATH of a scripts/compress.sh")
     state = parse_as(State, read_small(folder / STATE_FILE), f"{folder / STATE_FILE} says not what was done")
@@ -227,11 +228,14 @@ def recovery(run: Run) -> Iterator[Block]:
 
     figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
     labels, before = [], 0
-    # All rounds have steps of as many tokens; where that is not known, it is the steps that are counted.
-    tokens = sum(done.tokens for name, done in run.state.done.items() if name.endswith("recover"))
-    read = [(name, read_run(directory, False, "lm loss")) for name, directory in curves]
-    unit = tokens // sum(max(found.training) for _, found in read) or 1
-    for name, found in read:
+    read = {}
+    for name, directory in curves:
+        with contextlib.suppress(ValueError):  # one that has only begun
+            read[name] = read_run(directory, False, "lm loss")
+    # All rounds have steps of as many tokens; where no round is done, it is the steps that are counted.
+    done = {name: run.state.done.get(f"{name}: recover") for name in read}
+    unit = next((one.tokens // max(read[name].training) for name, one in done.items() if one), 1) or 1
+    for name, found in read.items():
         later = [{step + before: loss for step, loss in of.items()} for of in (found.training, found.validation)]
         labels += plot(axes, name, Curves(*later), unit, 10)
         before += max(found.training)
@@ -245,7 +249,8 @@ def recovery(run: Run) -> Iterator[Block]:
     axes.grid(alpha=0.3)
     write_beside(axes, labels)
     yield Block(heading="Recovery")
-    yield Block(picture=png_of(figure), shows="Loss of the training and of the validation.")
+    line = " The line is the parent's loss on the text of the table." if losses else ""
+    yield Block(picture=png_of(figure), shows=f"Loss of the training and of the validation.{line}")
 
 
 def samples(run: Run) -> Iterator[Block]:
