@@ -1,6 +1,8 @@
 """Shapes for a size: of about as many parameters, divisible as hardware and layout want, ranked, taken and measured."""
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from megatron.pruning.model.config import LlamaConfig, short
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.measured import Measured
 from megatron.pruning.plan.shapes import Target, parse_bytes, parse_count, propose
+from megatron.pruning.storage.output import hold_directory
 from tools import candidates
 
 LLAMA_2_7B = LlamaConfig(32, 4096, 11008, 32, 32, 128, 32000)
@@ -62,8 +65,18 @@ def test_counts_are_read_as_people_write_them(text: str, value: float) -> None:
     assert parse_bytes("8GB") == 8e9 and parse_bytes("7.5 GiB") == 7.5 * 2**30 and parse_bytes("12mib") == 12 * 2**20
 
 
-HERE = str(Path(__file__))
-LEARN, BATCH = [f"--data-path={HERE}", f"--valid-data-path={HERE}"], ["--seq-length=16", "--global-batch-size=2"]
+LEARN, BATCH = ["--data-path=text", "--valid-data-path=text"], ["--seq-length=16", "--global-batch-size=2"]
+
+
+@pytest.fixture(autouse=True)
+def a_place(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A folder with a text of tokens and one of records, and an environment without settings of a training."""
+    place = tmp_path_factory.mktemp("texts")
+    for name in ("text.idx", "records.jsonl"):
+        (place / name).touch()
+    monkeypatch.chdir(place)
+    for name in candidates._TRAINED_BY:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +105,17 @@ LEARN, BATCH = [f"--data-path={HERE}", f"--valid-data-path={HERE}"], ["--seq-len
         (["--target-ratio=0.6", "--candidates=2", "--data-path=x", "--valid-data-path=y"], "--data-path x: there is n"),
         (["--target-ratio=0.6", "--candidates=2", "--data-path=x"], "not learned from: add --valid-data-path"),
         (["--target-ratio=0.6", "--candidates=2", *LEARN, "--shape=1"], "leave one of"),
+        (
+            [
+                "--target-ratio=0.6",
+                "--candidates=2",
+                LEARN[0],
+                "--valid-data-path=records.jsonl",
+                "--measure=1k",
+                *BATCH,
+            ],
+            "records.jsonl is to be trained on, too: turn it into tokens",
+        ),
         (["--target-ratio=0.6", "--candidates=2", *LEARN, "--measure=1k"], "counts tokens: add --seq-length N"),
         (["--target-ratio=0.6", "--candidates=2", *LEARN, "--measure=lots", *BATCH], "'lots' is not a number"),
         (["--target-ratio=0.6", "--candidates=2", *LEARN, "--measure=60", *BATCH], "at least four steps, of 32 tokens"),
@@ -177,7 +201,7 @@ class Interrupted:
         self.steps: list[str] = []
         self.last = -1
 
-    def __call__(self, command: Sequence[str], settings: Mapping[str, str], log: Path) -> None:
+    def __call__(self, command: Sequence[str], settings: Mapping[str, str], log: Path, held: int) -> None:
         what = Path(command[1]).name
         save = settings.get("SAVE_PATH", "")
         if len(self.steps) == self.last:
@@ -222,8 +246,23 @@ def test_a_measurement_goes_on_wherever_it_was_ended(
         if last == len(steps_of_all) - 1:
             break
     assert len(set(found.values())) == 1 and len(steps_of_all) == 1 + 2 * (4 + 3 + 2 + 1)
-    with pytest.raises(ValueError, match=r"is of other shapes or flags: remove .*candidates, or name another"):
+    with pytest.raises(
+        ValueError, match=r"is of other shapes, flags or settings: remove .*candidates, or name another"
+    ):
         prune(gqa, tmp_path / "-1", *words, "--ridge=1")
+    monkeypatch.setenv("LR", "1e-3")
+    with pytest.raises(ValueError, match="is of other shapes, flags or settings"):
+        prune(gqa, tmp_path / "-1", *words)
+
+
+def test_a_step_that_outlives_the_measuring_keeps_others_out(tmp_path: Path) -> None:
+    held = hold_directory(tmp_path)
+    left = ["bash", "-c", f"sleep 30 >/dev/null 2>&1 & echo $! >{tmp_path / 'pid'}"]
+    candidates._run(left, {}, tmp_path / "log", held)
+    os.close(held)
+    with pytest.raises(BlockingIOError):
+        hold_directory(tmp_path)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
 def test_a_number_of_heads_that_divides_no_usual_hidden_size_has_sizes_of_its_own() -> None:

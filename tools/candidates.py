@@ -39,6 +39,11 @@ _HANDED_ON = (
     "seq_length micro_batch_size global_batch_size lr min_lr lr_warmup_iters weight_decay clip_grad tokenizer_type "
     "tokenizer_model"
 ).split()
+# Settings of check_model.sh by which a shape comes to another loss.
+_TRAINED_BY = (
+    "SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR LR_WARMUP_ITERS WEIGHT_DECAY CLIP_GRAD DTYPE TEACHER_LOAD "
+    "KD_LOAD KD_ALPHA KD_TEMPERATURE TOKENIZER_TYPE TOKENIZER_MODEL"
+).split()
 # Settings of the scripts that say what the flags say.
 _SETTINGS = (
     "HIDDEN_SIZE_REMAIN NUM_ATTENTION_HEADS_REMAIN NUM_QUERY_GROUPS_REMAIN FFN_HIDDEN_SIZE_REMAIN DROP_LAYERS "
@@ -59,8 +64,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--candidates reconstructs each shape by a text: add --data-path PREFIX")
     if len(args.valid_data_path or ()) != 1:
         raise ValueError("--candidates compares on one text that is not learned from: add --valid-data-path PREFIX")
-    check_texts("--data-path", args.data_path)
-    check_texts("--valid-data-path", args.valid_data_path)
+    check_texts("--data-path", args.data_path, args.measure != ZERO)
+    check_texts("--valid-data-path", args.valid_data_path, args.measure != ZERO)
     for flag, given in (("--plan-only", args.plan_only), ("--shape", args.shape is not None)):
         if given:
             raise ValueError(f"--candidates measures shapes and {flag} decides for one: leave one of them out")
@@ -68,12 +73,22 @@ def check(args: argparse.Namespace) -> None:
         _steps(args)
 
 
-def check_texts(flag: str, words: Sequence[str]) -> None:
-    """Raise ValueError where a text of a flag is not there: it would be said late, and as of another flag."""
+def check_texts(flag: str, words: Sequence[str], trained_on: bool) -> None:
+    """Raise ValueError where a text of a flag is not there: it would be said late, and as of another flag.
+
+    One that is `trained_on` must be of tokens.
+    """
     for word in words:
         is_weight = len(words) > 1 and re.fullmatch(r"[\d.eE+-]+", word)
-        if not (is_weight or Path(word).is_file() or Path(f"{word}.idx").is_file()):
+        if is_weight or Path(f"{word}.idx").is_file():
+            continue
+        if not Path(word).is_file():
             raise ValueError(f"{flag} {word}: there is neither {word}.bin and .idx nor a file of this name")
+        if trained_on:
+            raise ValueError(
+                f"{flag} {word} is to be trained on, too: turn it into tokens with tools/preprocess_data.py and name "
+                "their prefix"
+            )
 
 
 def _steps(args: argparse.Namespace) -> int:
@@ -106,8 +121,8 @@ def measure(
         held = hold_directory(folder)
     except BlockingIOError:
         raise ValueError(f"another run is measuring shapes in {folder}: wait for it, or name another --save") from None
-    work = _Work(folder, words, args, _known(folder, words, args, parent, target, shapes))
     try:
+        work = _Work(folder, words, args, _known(folder, words, args, parent, target, shapes), held)
         measured = work.run()
     finally:
         os.close(held)
@@ -133,6 +148,8 @@ def _known(
         )
 
     job = {"parent": fingerprint(parent), "flags": without(words, ("--save",)), "target": str(target)}
+    if args.measure != ZERO:
+        job["settings"] = [f"{name}={os.environ[name]}" for name in _TRAINED_BY if os.environ.get(name)]
     nothing = Measured(job=job, parent=unmeasured(whole), shapes=[unmeasured(shape) for shape in shapes])
     file = folder / MEASURED_FILE
     if not file.exists():
@@ -141,7 +158,7 @@ def _known(
         return nothing
     known = Measured.from_json(read_small(file), str(file))
     if known.job != job or [shape.sizes for shape in known.shapes] != [shape.sizes for shape in nothing.shapes]:
-        raise ValueError(f"{file} is of other shapes or flags: remove {folder}, or name another --save")
+        raise ValueError(f"{file} is of other shapes, flags or settings: remove {folder}, or name another --save")
     return known
 
 
@@ -153,6 +170,7 @@ class _Work:
     words: Sequence[str]
     args: argparse.Namespace
     measured: Measured
+    held: int  # the lock of the folder, which a step has, too: it may outlive this process
 
     def run(self) -> Measured:
         """Measure what is not measured yet."""
@@ -212,7 +230,7 @@ class _Work:
             words = [*without(self.words, _OWN), "--shape", f"{number}", "--reconstruct"]
             settings = {"LOAD_PATH": f"{self.args.load}", "SAVE_PATH": f"{place / 'pruned'}"}
             place.mkdir(exist_ok=True)
-            _run(["bash", f"{_ROOT / 'scripts/prune_llama.sh'}", *words], settings, log)
+            _run(["bash", f"{_ROOT / 'scripts/prune_llama.sh'}", *words], settings, log, self.held)
         self._keep(self._shape(number), 0, self._loss(place / "pruned", log))
 
     def _train(self, number: int, part: int) -> None:
@@ -237,7 +255,7 @@ class _Work:
                 settings["LR_WARMUP_ITERS"] = STAGES[0][1] * quarter // 15
             settings |= {name.upper(): value for name in _HANDED_ON if (value := getattr(self.args, name)) is not None}
             command = ["bash", f"{_ROOT / 'scripts/check_model.sh'}", "--exit-interval", f"{until}"]
-            _run(command, {name: f"{value}" for name, value in settings.items()}, log)
+            _run(command, {name: f"{value}" for name, value in settings.items()}, log, self.held)
         self._keep(self._shape(number), self._tokens(part), self._loss(place / "trained", log))
 
     def _loss(self, checkpoint: Path, log: Path) -> float:
@@ -248,7 +266,7 @@ class _Work:
         _run(
             [_python(), f"{_ROOT / 'tools/evaluate.py'}", "--load", f"{checkpoint}", "--data",
              self.args.valid_data_path[0], "--max-tokens", f"{self.args.valid_tokens}", *window, "--json", f"{result}"],
-            {}, log,
+            {}, log, self.held,
         )  # fmt: skip
         loss = float(json.loads(result.read_bytes())[0]["loss"])
         result.unlink()
@@ -260,12 +278,12 @@ def _python() -> str:
     return os.environ.get("PYTHON", sys.executable)
 
 
-def _run(command: Sequence[str], settings: Mapping[str, str], log: Path) -> None:
-    """Run a command with settings of the environment; raise ValueError with what it said where it fails."""
+def _run(command: Sequence[str], settings: Mapping[str, str], log: Path, held: int) -> None:
+    """Run a command with settings of the environment, and a lock; raise ValueError with what it said where it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in _SETTINGS} | {"PYTHON": _python()}
     with log.open("ab") as out:
         begin = out.tell()
-        done = subprocess.run(command, env={**environment, **settings}, stdout=out, stderr=out)
+        done = subprocess.run(command, env={**environment, **settings}, stdout=out, stderr=out, pass_fds=[held])
     if done.returncode:
         said = re.findall(r"error: (.*)", log.read_bytes()[begin:].decode(errors="replace"))
         raise ValueError(f"{log.stem}: {said[-1] if said else f'a step of it failed: see {log}'}")
