@@ -180,6 +180,7 @@ def test_an_evaluation_stands_in_the_card(pruned: Path, parent: Path, tmp_path: 
         tmp_path,
         {"path": str(parent), "parameters": 1000, "loss": 2.5, "perplexity": 12.18},
         {"path": "/home/me/pruned", "parameters": parameters, "loss": 3.25, "arc_easy acc": 0.25},
+        *({"path": f"/home/me/small/round{i}/recovered", "parameters": 1000, "loss": i + 0.5} for i in (1, 2)),
     )
     words = ["--load", str(pruned), "--save", str(tmp_path / "hf"), "--format=hf", "--evaluation", str(file)]
     done = run(sys.executable, CONVERT, *words)
@@ -187,6 +188,7 @@ def test_an_evaluation_stands_in_the_card(pruned: Path, parent: Path, tmp_path: 
     found = rows(card_of(tmp_path / "hf"))
     assert found["`an-owner/A_model`"] == ["1,000", "2.5", "12.18", ""]
     assert found["`pruned`"] == [f"{parameters:,}", "3.25", "", "0.25"]
+    assert [found[f"`round{i}/recovered`"][1] for i in (1, 2)] == ["1.5", "2.5"]
     assert "/home/me" not in (tmp_path / "hf/README.md").read_text()
 
 

@@ -148,8 +148,8 @@ def _losses(lineage: Lineage, evaluation: Evaluation | None) -> Iterator[str]:
         yield from _table(
             ("", "parameters", *map(_code, names)),
             [
-                [_code(_label(str(run["path"]))), *(_figure(run.get(name)) for name in ("parameters", *names))]
-                for run in evaluation
+                [_code(label), *(_figure(run.get(name)) for name in ("parameters", *names))]
+                for run, label in zip(evaluation, _labels([str(run["path"]) for run in evaluation]), strict=True)
             ],
         )
 
@@ -178,6 +178,15 @@ def _label(path: str) -> str:
     if cached := _CACHED.search(path):
         return cached[1].replace("--", "/")
     return Path(path).name
+
+
+def _labels(paths: Sequence[str]) -> list[str]:
+    """Return the names of checkpoints; of those that share one, with the directory that they lie in."""
+    labels = [_label(path) for path in paths]
+    return [
+        "/".join(Path(path).parts[-2:]) if labels.count(label) > 1 else label
+        for path, label in zip(paths, labels, strict=True)
+    ]
 
 
 def _code(text: str) -> str:
