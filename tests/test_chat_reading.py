@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import preprocess_data
 import pytest
 import torch
 from chats import CHATS, instruct, said, write_records
-from helpers import convert, hf_logits
+from commands import ROOT
+from helpers import convert, hf_logits, make_llama
 from stock_loop import StockLoop
 
 from megatron.pruning.formats import open_checkpoint
@@ -81,6 +83,28 @@ def test_scores_and_reconstructions_read_the_same_files(folder: Path) -> None:
     assert len(found[0]) == 9 and all(np.array_equal(found[0], other) for other in found[1:])
     blend = calibration(["0.5", str(folder / "p_messages_document"), "0.5", str(folder / "chat.jsonl")], 16, 8, model)
     assert len(blend.tokens) == 2 * 5
+
+
+@pytest.mark.parametrize("files", [["tokenizer.json"], ["tokenizer.model"], ["tokenizer.json", "tokenizer.model"]])
+def test_a_text_has_the_tokens_that_it_has_in_token_files(tmp_path: Path, files: list[str]) -> None:
+    model = make_llama(tmp_path / "model", "gqa", vocab=1024)
+    for name in files:
+        shutil.copy(ROOT / "assets/tiny-llama" / name, model)
+    if "tokenizer.json" in files:  # as Llama's own, it begins each text with a token
+        tokenizer = json.loads((model / "tokenizer.json").read_text())
+        begin, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        tokenizer["post_processor"] = {
+            "type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, text],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        }  # fmt: skip
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (model / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    lines = write_records(tmp_path / "text.jsonl", [{"text": f"def f_{i}(x):\n    return x"} for i in range(9)])
+    preprocess_data.main(
+        ["--input", str(lines), "--output-prefix", str(tmp_path / "p"), "--load", str(model), "--append-eod"]
+    )
+    found = [windows(path, 16, 5, open_checkpoint(model)) for path in (tmp_path / "p_text_document", lines)]
+    assert np.array_equal(*found) and (found[0][0, 0] == 1) == ("tokenizer.json" in files)
 
 
 def test_mistakes_end_in_one_sentence(folder: Path) -> None:

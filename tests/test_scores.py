@@ -183,7 +183,7 @@ def test_what_is_known_of_each_layer_is_said(folder: Path) -> None:
 def test_text_is_taken_evenly_from_all_of_it(folder: Path) -> None:
     model = open_checkpoint(folder / "gqa")
     tokens = np.fromfile(folder / "text.bin", dtype=np.uint16)
-    assert windows(folder / "text", 24, 5, model, spread=True)[:, 0].tolist() == tokens[[0, 48, 96, 144, 192]].tolist()
+    assert windows(folder / "text", 24, 5, model, spread=True)[:, 0].tolist() == tokens[[0, 48, 120, 168, 240]].tolist()
     assert windows(folder / "text", 24, 99, model).shape == (13, 25)  # 331 tokens hold no more
     with pytest.raises(ValueError, match="has 331 tokens: fewer than one window of 401"):
         windows(folder / "text", 400, 1, model)

@@ -12,6 +12,7 @@ from megatron.pruning.model.checkpoint import Checkpoint
 from megatron.pruning.storage.records import are_records, parse_record, records, text_at
 from megatron.pruning.training.chat import Conversation, encode, messages_at, require_template
 from megatron.pruning.training.hf_model import tokenizer_of
+from megatron.pruning.training.tokenizer import HUGGING_FACE, find_tokenizer
 
 Tokens = NDArray[np.int64]
 
@@ -33,8 +34,9 @@ def windows(
     number = min((len(tokens) - 1) // length, most)
     if number < 1:
         raise ValueError(f"{flag} {data} has {len(tokens)} tokens: fewer than one window of {length + 1}")
-    step = ((len(tokens) - 1) // length) // number if spread else 1
-    found = np.stack([tokens[i : i + length + 1] for i in range(0, number * step * length, step * length)])
+    there = (len(tokens) - 1) // length if spread else number
+    starts = (i * there // number * length for i in range(number))
+    found = np.stack([tokens[i : i + length + 1] for i in starts])
     _require_vocabulary(found, data, checkpoint, flag)
     return found.astype(np.int64)
 
@@ -222,6 +224,8 @@ def _of_records(file: Path, checkpoint: Checkpoint, flag: str) -> Iterator[Conve
             f"{error}: turn {file} into tokens with tools/preprocess_data.py and name their prefix"
         ) from error
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # As in token files: of Megatron's tokenizers those of Hugging Face alone begin a text as they say.
+    begins = find_tokenizer(checkpoint.tokenizer_folder, flag)[0] == HUGGING_FACE
     for line in records(file):
         if not line.raw.strip():
             continue
@@ -231,7 +235,7 @@ def _of_records(file: Path, checkpoint: Checkpoint, flag: str) -> Iterator[Conve
                 require_template(tokenizer, flag, checkpoint.tokenizer_folder)
                 yield encode(tokenizer, messages_at(record, "messages"), mask_prompt=True)
                 continue
-            ids = tokenizer(text_at(record, "text"), add_special_tokens=False, verbose=False)["input_ids"] + end
+            ids = tokenizer(text_at(record, "text"), add_special_tokens=begins, verbose=False)["input_ids"] + end
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{flag} {file} line {line.number}: {error}") from error
         yield Conversation(np.asarray(ids, dtype=np.int64), np.ones(len(ids), dtype=np.uint8))
