@@ -64,6 +64,13 @@ def test_what_is_too_long_or_silent_is_left_out_and_told_in_numbers(
     assert f"{told}{max(whole) - longest:,} tokens" in capsys.readouterr().out
 
 
+def test_a_limit_that_leaves_no_answer_is_told(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preprocess(tmp_path, model, [*CHATS, said("why? " * 400, "yes")], "--mask-prompt", "--max-length", "900")
+    assert len(documents(tmp_path / "p", "messages")) == len(CHATS)
+    told = "1 conversations left out, of which --max-length 900 leaves no turn of the assistant: "
+    assert told in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("record", "complaint"),
     [

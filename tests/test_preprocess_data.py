@@ -187,6 +187,27 @@ def test_two_runs_with_one_prefix_never_mix_their_files(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_a_killed_run_left_in_the_way_is_told_before_anything_is_read(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.monotonic", iter(range(0, 1000, 20)).__next__)
+    monkeypatch.setattr(tool, "write", None)
+    (tmp_path / ".p_text_document.placing").touch()
+    with pytest.raises(ValueError, match=r"if none does, remove .*placing"):
+        tool.main(command([write_lines(tmp_path / "a.jsonl", ['{"text": "one"}'])], tmp_path / "p", model))
+
+
+def test_a_key_without_text_keeps_those_of_others(tmp_path: Path, model: Path) -> None:
+    lines = ['{"title": "", "text": "one"}', '{"title": "two", "text": ""}', '{"title": "three", "text": "four"}']
+    file = write_lines(tmp_path / "a.jsonl", lines)
+    tool.main(command([file], tmp_path / "p", model, "--json-keys", "title", "text"))
+    assert [len(documents(tmp_path / "p", key)) for key in ("title", "text")] == [2, 2]
+    only = write_lines(tmp_path / "b.jsonl", lines[:1])
+    with pytest.raises(ValueError, match=r"holds nothing that has tokens for .*q_title_document"):
+        tool.main(command([only], tmp_path / "q", model, "--json-keys", "title", "text"))
+    assert not list(tmp_path.glob("q*"))
+
+
 def test_a_run_waits_for_another_that_puts_its_files_in_place_and_then_says_so(tmp_path: Path) -> None:
     with small_files.alone_at(tmp_path / "p"), pytest.raises(ValueError, match=r"another run puts its.*placing"):
         with small_files.alone_at(tmp_path / "p", seconds=0.2):

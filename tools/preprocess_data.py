@@ -90,6 +90,7 @@ class Told:
     cut: int = 0  # conversations
     left_out: int = 0  # tokens of these
     silent: int = 0  # conversations without a token that counts
+    cut_silent: int = 0  # conversations of which no such token is left
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -119,6 +120,9 @@ def main(arguments: Sequence[str]) -> None:
     outputs: dict[str, type[np.number]] = dict.fromkeys(texts, dtype)
     if args.chat:
         outputs[mask_of(texts[0])] = np.uint8
+    for text in texts:
+        with alone_at(Path(text)):  # what a killed run left in the way is told now, and not after hours
+            pass
     asides = {
         f"{output}{suffix}": new_file_beside(Path(f"{output}{suffix}")) for output in outputs for suffix in SUFFIXES
     }
@@ -156,6 +160,8 @@ def said(told: Told, args: argparse.Namespace) -> str:
     parts = {
         f"{told.complaints:,} bad lines skipped": told.complaints,
         f"{told.silent:,} conversations left out, without a turn of the assistant": told.silent,
+        f"{told.cut_silent:,} conversations left out, of which --max-length {args.max_length} leaves no turn of the "
+        "assistant": told.cut_silent,
         f"{told.cut:,} conversations cut to --max-length {args.max_length}, {told.left_out:,} tokens": told.cut,
     }
     return "".join(f", {part}" for part, count in parts.items() if count)
@@ -287,7 +293,7 @@ def write(
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builders = [IndexedDatasetBuilder(str(asides[f"{output}.bin"]), dtype=dtype) for output, dtype in outputs.items()]
-    told = Told()
+    told, written = Told(), dict.fromkeys(outputs, 0)
     progress = Progress("tokenizing", total_bytes, show=True)
     for encoded in _encode_all(args, inputs, tokenizer):
         progress.advance(encoded.read)
@@ -296,19 +302,24 @@ def write(
                 raise ValueError(f"{encoded.complaint} (--skip-bad-lines leaves such lines out)")
             told.complaints += 1
             print(f"skipped: {encoded.complaint}", file=sys.stderr)
-        if not encoded.arrays or not all(len(ids) for ids in encoded.arrays):
+        if not encoded.arrays or not any(len(ids) for ids in encoded.arrays):
             continue
         if args.chat and not encoded.arrays[1].any():
-            told.silent += 1
+            told.silent += not encoded.left_out
+            told.cut_silent += encoded.left_out > 0
             continue
-        for builder, ids in zip(builders, encoded.arrays, strict=True):
-            builder.add_document(ids, [len(ids)])
+        for builder, output, ids in zip(builders, outputs, encoded.arrays, strict=True):
+            if len(ids):
+                builder.add_document(ids, [len(ids)])
+                written[output] += 1
         told.documents += 1
         told.tokens += len(encoded.arrays[0]) if args.chat else sum(map(len, encoded.arrays))
         told.counted += int(encoded.arrays[1].sum()) if args.chat else 0
         told.cut += encoded.left_out > 0
         told.left_out += encoded.left_out
     progress.close()
+    if told.documents and (empty := [output for output, count in written.items() if not count]):
+        raise ValueError(f"--input {' '.join(args.input)} holds nothing that has tokens for {empty[0]}")
     for builder, output in zip(builders, outputs, strict=True):
         builder.finalize(str(asides[f"{output}.idx"]))
     return told
