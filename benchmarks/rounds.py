@@ -6,7 +6,7 @@ The parent is the embedded model of 2.4M parameters, the size 0.8M. One round pr
 all weights) and trains; two rounds do so twice, by equal ratios, with half the tokens each. The shape is the first that
 is proposed. Then the first shapes that it proposes are each reconstructed, measured, trained on and measured again:
 Spearman's rank correlation says whether the first order is the second. Prints both, and writes
-benchmarks/results/rounds.json, from which docs/tables.py makes the tables of docs/en/shapes.md.
+benchmarks/results/rounds.json, from which docs/tables.py makes the tables of docs/en/compress.md and docs/en/shapes.md.
 
 The results are JSON: `benchmark`, `machine`, `parent` (its validation loss in nats), `tokens` in all, `seeds`, `rounds`
 (by their number a loss of all seeds: `mean` and `deviation`), `shapes` (of each its `sizes`, `parameters`, and the loss
