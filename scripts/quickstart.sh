@@ -9,6 +9,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 RUNS=${QUICKSTART_RUNS:-$HERE/runs/quickstart}
 SEQUENCES=${SEQUENCES:-128}         # sequences of text to reconstruct by
 TRAIN_ITERS=${TRAIN_ITERS:-80}      # steps of continued pretraining
+VALID_FILES=${VALID_FILES:-8}       # files of the text that training validates on, and all models are compared on
 TP=${TP:-} # empty: 2, or 1 where there is one GPU
 
 source "$HERE/scripts/common.sh"
@@ -19,8 +20,8 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "1/9 text: Python's standard library as tokens"
 "$PYTHON" "$ROOT/assets/make_tiny_llama.py" --data-only "$RUNS/data"
-# What is compared at the end are 65,536 tokens, which the first eight files hold: training validates on these, too.
-sed -i '9,$d' "$RUNS/data/valid.jsonl"
+# What is compared at the end are 65,536 tokens, which the first eight files hold.
+sed -i "$((VALID_FILES + 1)),\$d" "$RUNS/data/valid.jsonl"
 tokenize() {
     "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$RUNS/data/$1.jsonl" --output-prefix "$RUNS/data/$1" \
         --load "$ROOT/assets/tiny-llama" --append-eod "${@:2}"
