@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CONVERT, PRUNE = str(ROOT / "tools/checkpoint_conversion/convert.py"), str(ROOT / "prune_llama.py")
@@ -12,6 +13,12 @@ CONVERT, PRUNE = str(ROOT / "tools/checkpoint_conversion/convert.py"), str(ROOT 
 def python_path(first: Path) -> str:
     """Return what PYTHONPATH is to be, so that packages are looked for in a folder first."""
     return os.pathsep.join([str(first), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Give what a module or a class has under a name another value, for the rest of this process."""
+    assert hasattr(owner, name), f"{owner} has no {name} any more"
+    setattr(owner, name, value)
 
 
 def environment(**settings: object) -> dict[str, str]:

@@ -12,6 +12,12 @@ import pytest
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub for what it misspells
 
+# A user's settings are not those of the scripts that tests start.
+script = (Path(__file__).parents[1] / "scripts/common.sh").read_text()
+own = "RUNS QUICKSTART_RUNS PYTHON TRAIN_ITERS TP SEQUENCES VALID_FILES WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE"
+for name in (*script.split("unset ", 1)[1].split("}", 1)[0].replace("\\", " ").split(), *own.split()):
+    os.environ.pop(name, None)
+
 # A job in the background of a shell has these ignored, and so would the programs that tests start and end by them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from commands import replace
+
 from megatron.pruning.cli.entry import run
 from megatron.pruning.storage import processes
 from megatron.pruning.storage.processes import World
@@ -53,7 +55,7 @@ def be(said: list[Path], settings: dict[str, object], words: list[str]) -> None:
 
 def main(argv: list[str]) -> None:
     """Meet, and do what the command line says."""
-    processes.JOINING, processes.SILENCE = float(argv[0]), float(argv[1])
+    replace(processes, "JOINING", float(argv[0])), replace(processes, "SILENCE", float(argv[1]))
     if argv[2] == "absent":
         raise ValueError("this node has no such file")
     world = World.from_environment()
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> None:
             store.set("0", "of nccl")
         print(store.get("0").decode(), flush=True)
     if world.rank == 1:
-        processes.LOOK = 1.0  # slow to look
+        replace(processes, "LOOK", 1.0)  # slow to look
     print(world.share("from the first" if world.rank == 0 else ""), flush=True)
     for _ in range(4):
         world.barrier()

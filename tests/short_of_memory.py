@@ -3,11 +3,14 @@
 import importlib
 from collections.abc import Sequence
 
+from commands import replace
+
 from megatron.pruning.training import room
 
 
 def main(argv: Sequence[str]) -> None:
     """Leave no memory free, and run the program."""
     name, *flags = argv
-    room.free_memory = room.free_on_gpu = lambda: 1
+    for kind in ("free_memory", "free_on_gpu"):
+        replace(room, kind, lambda: 1)
     importlib.import_module(name).main(flags)

@@ -54,15 +54,17 @@ def worker(te: bool) -> TextIO:
     """
     session = os.environ.setdefault("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")  # and processes that this one starts
     address = f"\0stock loop {session} {te}"  # no file, but a name that the system forgets with the socket
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as door:
-        door.bind(address)
-        door.listen()
-        path = python_path(ROOT / "tests/te_stand_in") if te else python_path(ROOT)
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/stock_worker.py"), f"{door.fileno()}"],
-            env=environment(LOCAL_WORLD_SIZE=4, PYTHONPATH=path),  # how many devices the stand-in says there are
-            pass_fds=[door.fileno()],
-        )
+    with socket.socket(socket.AF_UNIX) as door:
+        with contextlib.suppress(OSError):  # another process has the name, and starts it
+            door.bind(address)
+        if door.getsockname():
+            door.listen()
+            path = python_path(ROOT / "tests/te_stand_in") if te else python_path(ROOT)
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "tests/stock_worker.py"), f"{door.fileno()}"],
+                env=environment(LOCAL_WORLD_SIZE=4, PYTHONPATH=path),  # how many devices the stand-in says there are
+                pass_fds=[door.fileno()],
+            )
     line = socket.socket(socket.AF_UNIX)
     line.connect(address)
     return line.makefile("rw")

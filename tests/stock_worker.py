@@ -5,7 +5,7 @@
 Each line that a client sends is a case {"folder": DIR, "name": NAME, "words": [FLAG, ...], "ranks": COUNT}, run in its
 folder, two of all clients' at a time; NAME.log there takes what all ranks print. As each ends, "NAME STATUS" is the
 answer: 0, or that of the first rank that failed. A case that takes too long is killed, as is what is left of one in
-which a rank failed, and one that says {"kill_after": STEP} when it has logged that step. {"program": NAME} runs another
+which a rank failed; with {"kill_after": STEP} a rank kills itself as it logs that step. {"program": NAME} runs another
 module's main, {"gpu": true} does as on a machine with GPUs (gpu_stand_in.py), and {"settings": {NAME: VALUE}} sets
 variables of the environment. The last client's leaving ends it.
 """
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import select
@@ -24,9 +25,10 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import gpu_stand_in
+from commands import replace
 from torch.distributed import TCPStore
 
 from megatron.pruning.cli import entry
@@ -49,7 +51,7 @@ class Case:
         gpu: bool = False,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        self.name, self.status, self.kill_after = name, 0, kill_after
+        self.name, self.status = name, 0
         self.log = Path(folder, f"{name}.log")
         self.deadline = time.monotonic() + TIMEOUT
         world = {
@@ -69,7 +71,7 @@ class Case:
                 }
                 if gpu:
                     gpu_stand_in.install()
-                be_rank(self.log, program, words, world)
+                be_rank(self.log, program, words, world, kill_after)
             self.children[child] = os.pidfd_open(child)
         self.keeper = os.fork()
         if self.keeper == 0:
@@ -86,9 +88,10 @@ class Case:
             if status and not self.status:
                 self.status = os.waitstatus_to_exitcode(status)
                 self.deadline = min(self.deadline, time.monotonic() + GRACE)
-        if self.kill_after and f"iteration {self.kill_after:8d}/" in self.log.read_text():
-            self.deadline = 0.0
-        if time.monotonic() > self.deadline:
+        if time.monotonic() > self.deadline and self.children:
+            if not self.status:
+                with self.log.open("a") as log:
+                    log.write(f"\nkilled by the test: it had {TIMEOUT:.0f} seconds, or nobody waits for it\n")
             for child in self.children:
                 os.kill(child, signal.SIGKILL)
         if not self.children:
@@ -109,7 +112,26 @@ def keep_store(tell: int, ranks: int) -> NoReturn:
         signal.pause()
 
 
-def be_rank(log: Path, program: str, words: list[str], settings: dict[str, str]) -> NoReturn:
+class UntilLine(io.TextIOBase):
+    """Standard output of a process that dies, as by kill -9, with a line that has this in it."""
+
+    def __init__(self, out: TextIO, last: str) -> None:
+        self.out, self.last = out, last
+
+    def write(self, text: str) -> int:
+        """Write, and die."""
+        self.out.write(text)
+        if self.last in text:
+            self.out.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        self.out.flush()
+
+
+def be_rank(log: Path, program: str, words: list[str], settings: dict[str, str], kill_after: int | None) -> NoReturn:
     """Be one rank of a case: what torchrun would start."""
     os.environ.update(settings)
     sys.argv = [f"{program}.py", *words]
@@ -117,6 +139,8 @@ def be_rank(log: Path, program: str, words: list[str], settings: dict[str, str])
     said = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(said, 1), os.dup2(said, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)  # not that of wandb, which looks at every line
+    if kill_after:
+        sys.stdout = UntilLine(sys.stdout, f"iteration {kill_after:8d}/")
     status: Any = 99
     try:
         entry.run(importlib.import_module(program).main)
@@ -144,9 +168,7 @@ def serve(door: socket.socket) -> None:
     os.register_at_fork(after_in_child=lambda: [line.close() for line in (door, *clients)])
     while clients or running:
         ends = [end for case in running for end in case.children.values()]
-        # A log is looked into again and again where a line of it has a case killed; a deadline has time.
-        patience = 0.005 if any(case.kill_after for case in running) else 0.5 if running else None
-        for ready in select.select([door, *clients, *ends], [], [], patience)[0]:
+        for ready in select.select([door, *clients, *ends], [], [], 0.5 if running else None)[0]:
             if ready in ends:  # that a rank has ended is seen below
                 continue
             if ready is door:
@@ -200,14 +222,14 @@ if __name__ == "__main__":
         importlib.import_module(module)
     read_sources_once()
     # The tokens of a test, too, are to be more than are taken at once.
-    importlib.import_module(f"{ours}.divergence")._FP32_VALUES = 1000
-    importlib.import_module(f"{ours}.teacher_cache").FILE_BYTES = 4_000
-    importlib.import_module(f"{ours}.record_layerwise").AT_ONCE = 2
+    replace(importlib.import_module(f"{ours}.divergence"), "_FP32_VALUES", 1000)
+    replace(importlib.import_module(f"{ours}.teacher_cache"), "FILE_BYTES", 4_000)
+    replace(importlib.import_module(f"{ours}.record_layerwise"), "AT_ONCE", 2)
     # Nobody reads the arguments in TensorBoard's files, which takes longer than the training of three steps.
-    importlib.import_module("torch.utils.tensorboard").SummaryWriter.add_text = lambda *_, **__: None
+    replace(importlib.import_module("torch.utils.tensorboard").SummaryWriter, "add_text", lambda *_, **__: None)
     # A picture takes as long as the rest of such a model's pruning; test_figures.py has some drawn.
-    importlib.import_module("prune_llama").plan_figure = lambda plan: b""
-    importlib.import_module("megatron.pruning.cli.reconstruction").report_figure = lambda report: b""
+    replace(importlib.import_module("prune_llama"), "plan_figure", lambda plan: b"")
+    replace(importlib.import_module("megatron.pruning.cli.reconstruction"), "report_figure", lambda report: b"")
 
     # What is here for good is not looked at again by each rank, which would copy all of it.
     gc.collect(), gc.freeze()

@@ -1,6 +1,7 @@
 """Documents apart: conversations are packed whole and masked, and are computed as if each were alone, in any layout."""
 
 import itertools
+import signal
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,8 @@ def test_layouts_train_alike(layout: str, layouts: dict[str, Run], whole: Run) -
 def test_a_killed_blend_of_text_and_conversations_goes_on_bit_for_bit(folder: Path, loop: StockLoop) -> None:
     blend = "--train-data-path 0.7 web 0.3 chat --valid-data-path chat --eval-iters 1 --eval-interval 4"
     entire = loop.run("entire", words(folder, f"{blend} --save entire --load entire")).ok()
-    loop.run("killed", words(folder, f"{blend} --save again --load again"), kill_after=KILLED)
+    killed = loop.run("killed", words(folder, f"{blend} --save again --load again"), kill_after=KILLED)
+    assert killed.code == -signal.SIGKILL
     again = loop.run("again", words(folder, f"{blend} --save again --load again")).ok()
     assert min(again.losses) == SAVED + 1 and max(again.losses) == STEPS
     assert {step: entire.losses[step] for step in range(SAVED + 3, STEPS + 1)} == {

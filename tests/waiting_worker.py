@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
+from commands import replace
 
 from megatron.pruning.storage.processes import EndedTogether
 
@@ -14,7 +15,7 @@ from megatron.pruning.storage.processes import EndedTogether
 def main(words: Sequence[str]) -> None:
     """Be one of them."""
     end, seconds = words
-    EndedTogether.EVERY, EndedTogether.GRACE = 0.2, 0.5
+    replace(EndedTogether, "EVERY", 0.2), replace(EndedTogether, "GRACE", 0.5)
     dist.init_process_group("gloo")
     dist.barrier()
     with EndedTogether():
