@@ -1,5 +1,6 @@
 """Conversations are evaluated by what counts in them, and scored and reconstructed with, from either kind of file."""
 
+import functools
 import gzip
 import json
 import shutil
@@ -43,13 +44,14 @@ def evaluated(folder: Path, data: str, *more: str) -> dict[str, Any]:
     return result
 
 
+@functools.cache
 def loss_alone(folder: Path, longest: int) -> float:
     """Return the loss of the assistant's tokens, each conversation read by transformers alone."""
     from transformers import AutoTokenizer
 
-    total, count = 0.0, 0
+    total, count, tokenizer = 0.0, 0, AutoTokenizer.from_pretrained(folder / "model")
     for chat in CHATS:
-        tokens, counts = encode(AutoTokenizer.from_pretrained(folder / "model"), chat["messages"], True)
+        tokens, counts = encode(tokenizer, chat["messages"], True)
         ids = torch.from_numpy(tokens)[None, : longest + 1]
         losses = torch.nn.functional.cross_entropy(
             hf_logits(folder / "model", ids[:, :-1])[0], ids[0, 1:], reduction="none"

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import ROOT, run
-from helpers import digests, write_documents
+from helpers import digests, prune, write_documents
 from stock_loop import stands_in_for_python
 
 from megatron.pruning.storage.output import hold_directory
@@ -219,13 +219,14 @@ def test_a_flag_that_prune_llama_has_not_is_said_before_any_step(
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which tiny-llama was compressed."""
+    """A folder in which a part of tiny-llama was compressed."""
     top = tmp_path_factory.mktemp("compress")
     draw = np.random.default_rng(0)
     for name in ("train", "valid"):
         write_documents(top / name, *draw.integers(0, 1000, size=(12, 200)))
     settings = {
-        "LOAD_PATH": TINY, "SAVE_PATH": top / "out", "TARGET": 0.6, "DATA_PATH": top / "train", "TOKENS": 512,
+        "LOAD_PATH": prune(TINY, top / "parent", "--num-layers-remain=3", "--format=hf"), "SAVE_PATH": top / "out",
+        "TARGET": 0.6, "DATA_PATH": top / "train", "TOKENS": 512,
         "VALID_DATA_PATH": top / "valid", "SEQ_LENGTH": 64, "GLOBAL_BATCH_SIZE": 2, "MICRO_BATCH_SIZE": 2,
         "CANDIDATES": 2, "EVAL_ITERS": 1, "EVAL_INTERVAL": 2, "LR": 1e-3, "PYTHON": stands_in_for_python(top),
         "TMPDIR": top,
@@ -253,7 +254,7 @@ def test_its_commands_give_the_same_bytes_alone(compressed: Path) -> None:
             assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     for part in ("round1/pruned", "hf"):
         found, wanted = digests(top / "alone" / part), digests(top / "out" / part)
-        assert list(found.values()) == list(wanted.values()) and len(found) > 2
+        assert found == wanted and len(found) > 2
 
 
 @pytest.mark.timeout(900)
@@ -264,7 +265,7 @@ def test_the_page_has_everything_and_needs_nothing(compressed: Path, monkeypatch
     page, text = ((compressed / "out" / name).read_text() for name in ("report.html", "report.md"))
     for said in ("Models", "round1/recovered", "What was cut", "2 shapes were measured", "Recovery", "Samples",
                  "The most important", "scripts/prune_llama.sh", "megatron-core", "Seed of the choice"):  # fmt: skip
-        assert (said in page and said.replace("_", r"\_") in text) or said in text
+        assert said in page and (said in text or said.replace("_", r"\_") in text)
     assert page.count("data:image/png;base64,") == text.count("](report/") == 4
     assert not re.search(r'(?:src|href)="(?!data:)|@import|url\(', page)
     headings = re.findall(r"<h(\d)>(.*?)</h", page)

@@ -377,24 +377,38 @@ def without(call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*patches[call])
 
 
+@pytest.fixture(scope="module")
+def cut_in_two(gqa: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The digests of a conversion."""
+    return digests(convert(gqa, tmp_path_factory.mktemp("wanted") / "wanted", tensor=2))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", sorted(direct_write.UNSUPPORTED), ids=lambda number: errno.errorcode[number])
-@pytest.mark.parametrize("call", OPTIONAL)
+@pytest.mark.parametrize(
+    "call,number",
+    # What names are exchanged with says no more than that it cannot.
+    [
+        (call, number)
+        for call in OPTIONAL
+        for number in sorted(direct_write.UNSUPPORTED)[: 1 if call == "renameat2" else None]
+    ],
+    ids=lambda value: value if isinstance(value, str) else errno.errorcode[value],
+)
 def test_a_file_system_without_an_optional_call_will_do(
     gqa: Path,
+    cut_in_two: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     call: str,
     number: int,
 ) -> None:
-    wanted = digests(convert(gqa, tmp_path / "wanted", tensor=2))
     without(call, number, monkeypatch)
     for overwrite in (False, True):
-        assert digests(convert(gqa, tmp_path / "out", tensor=2, overwrite=overwrite)) == wanted
+        assert digests(convert(gqa, tmp_path / "out", tensor=2, overwrite=overwrite)) == cut_in_two
         assert capsys.readouterr().err.count("has no locks") == (call == "flock")
         assert verify(tmp_path / "out") == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "wanted"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
