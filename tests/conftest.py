@@ -24,7 +24,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytest.register_assert_rewrite("helpers")
 
-SECONDS = {"pages": 1000.0, "slow": 8.0, "": 0.2}  # that a test takes, by its mark: a guess, to tell what to begin with
+SLOW, FAST = 8.0, 0.2  # seconds that a test takes, by its mark: a guess, to tell what to begin with
 
 from commands import ROOT  # noqa: E402, F401 - two are for tests that ask for them here
 from helpers import EACH_SHAPE, load_whole, make_llama  # noqa: E402, F401 - two are for tests that ask for them here
@@ -32,15 +32,11 @@ from helpers import EACH_SHAPE, load_whole, make_llama  # noqa: E402, F401 - two
 
 @pytest.hookimpl(trylast=True)  # after others have left out what is not asked for
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest: a process has a file for its own, and the last one is waited for.
-
-    The commands of the pages are also the first in theirs: a process is given its next file with two tests left of one,
-    and that would wait for them.
-    """
+    """Begin with the files that take longest: a process has a file for its own, and the last one is waited for."""
     files = Counter[Path]()
     for item in items:
-        files[item.path] += max(time for mark, time in SECONDS.items() if not mark or item.get_closest_marker(mark))
-    items.sort(key=lambda item: (files[item.path], item.get_closest_marker("pages") is not None), reverse=True)
+        files[item.path] += SLOW if item.get_closest_marker("slow") else FAST
+    items.sort(key=lambda item: files[item.path], reverse=True)
 
 
 def pytest_collection_finish() -> None:

@@ -85,7 +85,18 @@ def add_contributions(sums: dict, i: int, config: Any, layer: torch.nn.Module, s
     sums["added_by_groups"][i] += added(o, heads, config.num_key_value_heads)
 
 
+REFERENCES: dict[tuple[Path, bytes], dict[str, torch.Tensor]] = {}
+
+
 def reference(model: Path, tokens: np.ndarray) -> dict[str, torch.Tensor]:
+    """Return the sums of a model and a text, computed once."""
+    key = model, tokens.tobytes()
+    if key not in REFERENCES:
+        REFERENCES[key] = by_definition(model, tokens)
+    return dict(REFERENCES[key])
+
+
+def by_definition(model: Path, tokens: np.ndarray) -> dict[str, torch.Tensor]:
     """Return the sums of plan/scores.py, from the definitions in its docstring, one sequence at a time."""
     llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
     config, seen = llama.config, {}

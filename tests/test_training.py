@@ -78,7 +78,6 @@ def trained(forker: StockLoop) -> dict[str, Run]:
             "dist_again", f"{MODEL} {TRAINING} {DATA} --load dist --ckpt-step {SAVED} --save more"
         ),
     }
-    assert runs["killed"].code == -signal.SIGKILL
     for name in ("whole", "again", "dist", "dist_again"):
         assert runs[name].code == 0, runs[name].log[-3000:]
     return runs
