@@ -24,7 +24,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,10 +187,13 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Evaluate every checkpoint on the same tokens and tasks, print one table, and return what stands in it."""
     check(args)
     checkpoints = [open_checkpoint(path, fetch=True) for path in args.load]
+    # It takes seconds, and --help and the mistakes before this need none of it.
+    from megatron.pruning.training.evaluation import task_scores
+
     data, counts = read_text(args, checkpoints) if args.data else (None, None)
     evaluation = start(args, checkpoints)
     with EndedTogether():
-        results = evaluated(args, checkpoints, evaluation, data, counts)
+        results = evaluated(args, checkpoints, evaluation, data, counts, task_scores)
     if isinstance(args.json, Path) and is_first():
         replace_durably(args.json, (json.dumps(results, indent=1) + "\n").encode())
     evaluation.close()
@@ -203,11 +206,9 @@ def evaluated(
     evaluation: "Evaluation",
     data: Tokens | None,
     counts: Any,
+    task_scores: Callable[..., dict[str, float]],
 ) -> list[dict[str, Any]]:
     """Evaluate one after the other, print each, and return them. Raises ValueError for a loss that is none."""
-    # It takes seconds, and --help and the mistakes before this need none of it.
-    from megatron.pruning.training.evaluation import task_scores
-
     results: list[dict[str, Any]] = []
     for checkpoint in checkpoints:
         result: dict[str, Any] = {"path": str(checkpoint.path), "parameters": checkpoint.config.parameters}

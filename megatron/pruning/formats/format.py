@@ -54,9 +54,9 @@ class Format:
     name: str
     summary: str
     mark: str
-    weights: Sequence[str]
     detect: Callable[[Path, int | None], Path | None]
     open: Callable[[Path, Path], Checkpoint]
     write: Callable[[Checkpoint, SaveOptions], Output]
     parallel: bool = True
     sharded: bool = False
+    weights: Sequence[str] = ("*",)

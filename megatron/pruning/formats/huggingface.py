@@ -164,9 +164,9 @@ FORMAT = Format(
     name="hf",
     summary="Hugging Face's safetensors",
     mark=CONFIG_FILE,
-    weights=(f"{WEIGHTS_FILE}*", "pytorch_model.bin*"),
     detect=_detect,
     open=HfCheckpoint,
     write=hf_output,
     parallel=False,
+    weights=(f"{WEIGHTS_FILE}*", "pytorch_model.bin*"),
 )

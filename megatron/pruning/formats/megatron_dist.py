@@ -204,4 +204,4 @@ def _detect(path: Path, iteration: int | None) -> Path | None:
 
 
 SUMMARY = "Megatron's newer format, one for all layouts"
-FORMAT = Format("torch_dist", SUMMARY, TRACKER, ITERATIONS, _detect, DistCheckpoint, dist_output)
+FORMAT = Format("torch_dist", SUMMARY, TRACKER, _detect, DistCheckpoint, dist_output, weights=ITERATIONS)

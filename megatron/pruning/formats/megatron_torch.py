@@ -250,4 +250,4 @@ def _detect(path: Path, iteration: int | None) -> Path | None:
 
 
 SUMMARY = "Megatron-LM's mp_rank_TT[_PPP] shards"
-FORMAT = Format("torch", SUMMARY, TRACKER, ITERATIONS, _detect, TorchCheckpoint, torch_output, sharded=True)
+FORMAT = Format("torch", SUMMARY, TRACKER, _detect, TorchCheckpoint, torch_output, sharded=True, weights=ITERATIONS)
