@@ -218,7 +218,11 @@ def recovery(run: Run) -> Iterator[Block]:
         for number, folder in enumerate(run.rounds, start=1)
         if (folder / "recovered/tensorboard").is_dir()
     ]
-    if not curves:
+    read = {}
+    for name, directory in curves:
+        with contextlib.suppress(ValueError):  # one that has only begun
+            read[name] = read_run(directory, False, "lm loss")
+    if not read:
         return
     import matplotlib
 
@@ -228,10 +232,6 @@ def recovery(run: Run) -> Iterator[Block]:
 
     figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
     labels, before = [], 0
-    read = {}
-    for name, directory in curves:
-        with contextlib.suppress(ValueError):  # one that has only begun
-            read[name] = read_run(directory, False, "lm loss")
     # All rounds have steps of as many tokens; where no round is done, it is the steps that are counted.
     done = {name: run.state.done.get(f"{name}: recover") for name in read}
     unit = next((one.tokens // max(read[name].training) for name, one in done.items() if one), 1) or 1

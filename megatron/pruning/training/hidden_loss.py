@@ -49,8 +49,9 @@ class HiddenLoss:
 def _basis(teacher: Checkpoint, student: Checkpoint, vocab: int) -> Basis:
     """Return the student's hidden space in the teacher's, from a sample of the rows of their embeddings."""
     wide, narrow = (_rows(checkpoint, vocab, 4 * teacher.config.hidden_size) for checkpoint in (teacher, student))
-    wide, narrow = wide.to(narrow.dtype).float(), narrow.float()  # as the pruning wrote what it kept of it
-    numbers = {column.tobytes(): number for number, column in enumerate(wide.T.contiguous().numpy())}
+    written = wide.to(narrow.dtype).float()  # as the pruning wrote what it kept of it
+    wide, narrow = wide.float(), narrow.float()
+    numbers = {column.tobytes(): number for number, column in enumerate(written.T.contiguous().numpy())}
     found = [numbers.get(column.tobytes()) for column in narrow.T.contiguous().numpy()]
     if None not in found:
         return Basis(torch.tensor(found))

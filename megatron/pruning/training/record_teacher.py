@@ -26,12 +26,13 @@ from megatron.training.utils import print_rank_0
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.checkpoint import fingerprint
 from megatron.pruning.storage.output import hold_directory, require_room
-from megatron.pruning.storage.processes import LOOK
 from megatron.pruning.storage.progress import Progress
 from megatron.pruning.training.distillation import ask, logits_of, samples_of, vocabulary_of
 from megatron.pruning.training.divergence import TopK, top_k
 from megatron.pruning.training.strict_loading import source_of
 from megatron.pruning.training.teacher_cache import Facts, TeacherCache
+
+_LOOK = 2.0  # seconds from one look at what others have recorded to the next
 
 
 def record(args: argparse.Namespace, model: Any, datasets: Callable[..., Any], get_batch: Callable[..., Any]) -> None:
@@ -154,7 +155,7 @@ def _read_all(
                 cache.write(number, texts, **dict(zip(TopK._fields, answers, strict=True)))
     # Not at a barrier of nccl, which would give up on a copy that is an hour behind.
     while cache.missing():
-        time.sleep(LOOK)
+        time.sleep(_LOOK)
     torch.distributed.barrier()
 
 
