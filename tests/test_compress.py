@@ -34,8 +34,6 @@ def a_place(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
     monkeypatch.chdir(place)
     monkeypatch.setenv("SEQ_LENGTH", "100")
     monkeypatch.setenv("GLOBAL_BATCH_SIZE", "20")
-    for name in ("PYTHON", "LR_WARMUP_ITERS", "SAVE_INTERVAL"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def performed(monkeypatch: pytest.MonkeyPatch, last: int = 1000) -> list[compress.Step]:

@@ -70,13 +70,11 @@ LEARN, BATCH = ["--data-path=text", "--valid-data-path=text"], ["--seq-length=16
 
 @pytest.fixture(autouse=True)
 def a_place(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A folder with a text of tokens and one of records, and an environment without settings of a training."""
+    """A folder with a text of tokens and one of records."""
     place = tmp_path_factory.mktemp("texts")
     for name in ("text.idx", "records.jsonl"):
         (place / name).touch()
     monkeypatch.chdir(place)
-    for name in candidates._TRAINED_BY:
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
