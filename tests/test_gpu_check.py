@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from commands import ROOT, run
+from helpers import make_llama, write_repeated
 
 CHECK = ROOT / "benchmarks" / "gpu"
 
@@ -59,6 +60,21 @@ def test_losses_are_read_by_name_and_step(tmp_path: Path, compare: ModuleType) -
     assert compare.loss(log, "kd loss", 11) == 11.25
     with pytest.raises(ValueError, match="has no lm loss of step 12"):
         compare.loss(log, "lm loss", 12)
+
+
+@pytest.mark.slow
+def test_the_loss_of_each_step_is_in_the_log_of_a_training(
+    tmp_path: Path, check: ModuleType, compare: ModuleType
+) -> None:
+    write_repeated(tmp_path / "text", np.arange(32), 50)
+    settings = {
+        "LOAD_PATH": make_llama(tmp_path / "hf", "gqa"), "DATA_PATH": tmp_path / "text", "VALID_DATA_PATH": "",
+        "SPLIT": "100,0,0", "TOKENIZER_TYPE": "NullTokenizer", "TOKENIZER_MODEL": "none", "SEQ_LENGTH": 32,
+        "MICRO_BATCH_SIZE": 2, "GLOBAL_BATCH_SIZE": 4, "LR": 1e-2, "LR_WARMUP_ITERS": 1,
+    }  # fmt: skip
+    log = check.Machine(tmp_path, 0, 100.0).train("first", gpu=False, **settings)
+    first, *_, last = (compare.loss(log, "lm loss", step) for step in (1, 2, 3))
+    assert first > last > 0
 
 
 def test_scores_differ_by_a_share_of_the_largest_of_their_kind(compare: ModuleType) -> None:
