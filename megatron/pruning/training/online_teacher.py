@@ -40,6 +40,7 @@ _TEACHER_ARGS: dict[str, Any] = {
     "recompute_method": None,
     "recompute_num_layers": None,
     "cuda_graph_impl": "none",
+    "inference_cuda_graph_scope": None,  # that of no graphs
     "tp_comm_overlap": False,
     "fine_grained_activation_offloading": False,
     "decoder_first_pipeline_num_layers": None,
