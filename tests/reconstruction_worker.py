@@ -1,7 +1,8 @@
 """Reconstruct in float64, which no checkpoint holds, and save what comes out; stock_worker.py runs it.
 
 The command line is the name of a JSON file: {"load", "plan", "text", "length", "sequences", "ridge", "rotate", "untie",
-"save"}. SAVE gets the weights by Hugging Face key, and the sums of squares of every fit.
+"save"}. SAVE gets the weights by Hugging Face key, the sums of squares of every fit, and for each product of a weight
+whether its inputs lay in memory one behind the other.
 
 Or it is `--die-after N` and the command line of tools/reconstruct.py, which then ends as by kill -9 after N layers;
 `--hold N` does so too, with hidden states in memory as on a GPU, of which only those after layer 1 are kept in files.
@@ -40,6 +41,10 @@ def main(argv: Sequence[str]) -> None:
         numbers = [stretch.number for stretch in text.stretches()]
         states = States(Path(folder), torch.float64, text.device, numbers)
         work = Reconstruction(parent, plan, text, options, states)
+        in_a_row: list[bool] = []
+        for module in work.pruned_layer.layer.modules():
+            if module.__class__.__name__.endswith("ParallelLinear"):
+                module.register_forward_pre_hook(lambda module, args: in_a_row.append(args[0].is_contiguous()))
         found, fits = {None: work.start()}, {}
         for layer in range(len(plan.layers)):
             found[layer] = work.layer(layer)
@@ -48,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         fits |= work.fits
     weights = {ROW[name].hf_key(layer): weight for layer, rows in found.items() for name, weight in rows.items()}
     sums = {name: (fit.wanted, fit.before, fit.after) for name, fit in fits.items()}
-    torch.save({"weights": weights, "fits": sums}, job["save"])
+    torch.save({"weights": weights, "fits": sums, "in a row": in_a_row}, job["save"])
 
 
 def die_after(layers: int, words: Sequence[str], hold: bool) -> None:

@@ -61,9 +61,12 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
             # The one kernel that is linear in memory in fp32 wants a key for every head.
             key, value = (t.repeat_interleave(query.shape[2] // t.shape[2], dim=2) for t in (key, value))
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [batch, heads, sequence, head_dim]
-        if packed_seq_params is not None:
-            return self._apart(query, key, value, packed_seq_params).permute(2, 0, 1, 3).flatten(2).to(dtype)
-        return self._mix(query, key, value, attention_mask).permute(2, 0, 1, 3).flatten(2).to(dtype)
+        if packed_seq_params is None:
+            mixed = self._mix(query, key, value, attention_mask)
+        else:
+            mixed = self._apart(query, key, value, packed_seq_params)
+        # Whole in memory: of anything else torch.matmul makes, without gradients, a small product for every position.
+        return mixed.permute(2, 0, 1, 3).flatten(2).to(dtype).contiguous()
 
     def _mix(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
