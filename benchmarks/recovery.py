@@ -7,7 +7,8 @@ A parent is trained from random weights. It is pruned to about half, by random, 
 contribution with rotation and reconstruction, and trained on with the language-model loss and with distillation from
 the parent, each on a tenth of the tokens that the parent was trained on. The small shape starts from random weights,
 too, and gets all of them. Three seeds; the learning rate of each arm is tuned in shorter runs of its own, by factors of
-two until both neighbours of the best are worse (the parent takes that of the small shape). Prints a table, with how
+two until both neighbours of the best are worse (the parent takes that of the small shape), unless --learning-rate is
+given, which all of them take then. Prints a table, with how
 many tokens from scratch each arm is worth, writes benchmarks/results/recovery-FAMILY.json, from which docs/tables.py
 makes the table of docs/en/recover.md, and draws assets/loss.png and assets/loss_vs_scratch.png. With --parent, that
 checkpoint of the family's shape is pruned instead; the tokens are the family's.
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, metavar="DIR", help="with train.jsonl and valid.jsonl")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default 2, on a GPU 1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED")
+    parser.add_argument("--learning-rate", type=float, metavar="LR", help="of every run, instead of tuned ones")
     parser.add_argument("--scale", type=float, default=1.0, help="of all token counts; below 1 only shows that it runs")
     parser.add_argument("--figures", type=Path, default=ROOT / "assets", metavar="DIR")
     parser.add_argument(
@@ -101,14 +103,19 @@ def main() -> None:
     experiment.settle({"first seed": first, **{name: getattr(args, name) for name in SETTINGS}})
     plan = Plan(experiment, family, args.scale)
 
-    rates = tune(experiment, (SCRATCH,), lambda arm, lr: plan.run(arm, first, lr, tuned=True))
+    def rates_of(*arms: str) -> dict[str, float]:
+        if args.learning_rate is not None:
+            return dict.fromkeys(arms, args.learning_rate)
+        return tune(experiment, arms, lambda arm, lr: plan.run(arm, first, lr, tuned=True))
+
+    rates = rates_of(SCRATCH)
     wanted = [(SCRATCH, seed) for seed in args.seeds]
     if args.parent is None:
         rates[PARENT] = rates[SCRATCH]
         wanted.insert(0, (PARENT, first))
     losses = plan.train(wanted, rates)
     plan.compare_shapes(first)
-    rates |= tune(experiment, PRUNED, lambda arm, lr: plan.run(arm, first, lr, tuned=True))
+    rates |= rates_of(*PRUNED)
     rates[CONTROL] = rates[PRUNED[0]]
     losses |= plan.train([*((arm, seed) for arm in PRUNED for seed in args.seeds), (CONTROL, first)], rates)
 
