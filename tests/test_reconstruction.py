@@ -32,7 +32,15 @@ from megatron.pruning.plan.plan import Plan
 from megatron.pruning.plan.reconstructed import AUTO, REPORT_FILE, Report, Ridge
 from megatron.pruning.storage.output import hold_directory
 from megatron.pruning.training.calibration import calibration
-from megatron.pruning.training.least_squares import LADDER, LARGEST, Fit, LeastSquares, Moments, lowest
+from megatron.pruning.training.least_squares import (
+    LADDER,
+    LARGEST,
+    Fit,
+    LeastSquares,
+    Moments,
+    lowest,
+    tensor_cores,
+)
 
 VOCABULARY, LENGTH, SEQUENCES = 101, 16, 60
 EXACT = {"ridge": 0.0, "rotate": False, "untie": False}
@@ -129,6 +137,17 @@ def test_beyond_the_largest_ridge_a_weight_is_let_be(ridge: Ridge, monkeypatch: 
     monkeypatch.setattr(LeastSquares, "_factor", lambda self, ridge, keep: tried.append(ridge))
     fit = LeastSquares(moments(u, t), moments(u, t), ridge).fit(cut, parent)
     assert fit.ridge == math.inf and torch.equal(fit.weight, cut) and LARGEST / 10 < max(tried) <= LARGEST
+
+
+@pytest.mark.parametrize(
+    "device,dtype,inside",
+    [("cuda", "bf16", "high"), ("cuda", "fp16", "high"), ("cuda", "fp32", "highest"), ("cpu", "bf16", "highest")],
+)
+def test_products_are_rounded_only_on_a_gpu_and_only_for_weights_that_are(device: str, dtype: str, inside: str) -> None:
+    with pytest.raises(KeyError), tensor_cores(torch.device(device), dtype):
+        assert torch.get_float32_matmul_precision() == inside
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_blocks_of_rows_are_solved_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +273,7 @@ def double_logits(config: Any, state: dict[str, torch.Tensor], tokens: torch.Ten
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
 def test_a_weight_is_multiplied_once_for_all_positions(folder: Path, name: str) -> None:
-    """Of inputs that do not lie in a row torch makes a product for each position: on an H100 four fifths of the time."""
+    """Of inputs that do not lie in a row torch makes a product for each position: four fifths of an H100's time."""
     in_a_row = torch.load(folder / f"{name}.pt", weights_only=True)["in a row"]
     assert len(in_a_row) > 20 and all(in_a_row)
 

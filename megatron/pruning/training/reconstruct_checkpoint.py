@@ -28,7 +28,7 @@ from megatron.pruning.storage.views import View
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.basis import NORM_OF
 from megatron.pruning.training.layerwise import ROW, States, Weights
-from megatron.pruning.training.least_squares import Fit
+from megatron.pruning.training.least_squares import Fit, tensor_cores
 from megatron.pruning.training.reconstruct import Options, Reconstruction, Text, loss_of
 from megatron.pruning.training.room import free_on_gpu
 
@@ -64,7 +64,7 @@ class Job:
         done, layers = self.report.layers_done, len(self.plan.layers)
         self._check_disk()
         progress = Progress("reconstructing", layers + 1, self.world.rank == 0, unit="layers", before=done)
-        with torch.no_grad():
+        with torch.no_grad(), tensor_cores(self.text.device, self._stored_dtype("embed", None)):
             if done <= layers:
                 self._refit(done, progress)
             progress.close()
@@ -119,11 +119,7 @@ class Job:
 
     def _as_stored(self, name: str, layer: int | None, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight in the dtype in which it will be written. Raises ValueError where it does not fit that."""
-        dtype = self.dtype
-        if dtype is None:
-            source = "embed" if name == "lm_head" and self.parent.config.tied else name
-            row = ROW[source]
-            dtype = self.parent.weight(row, int(self.plan.layers[layer or 0]) if row.per_layer else None).dtype
+        dtype = self._stored_dtype(name, layer)
         rounded = weight.to(getattr(torch, TORCH_NAMES[dtype]))
         if not torch.isfinite(rounded).all():
             where = f"the reconstructed {name}" + ("" if layer is None else f" of layer {layer}")
@@ -131,6 +127,12 @@ class Job:
                 raise ValueError(f"{where} does not fit {dtype}: choose bf16 or fp32")
             raise ValueError(f"{where} has NaN or infinities, as has {self.parent.path}")
         return rounded
+
+    def _stored_dtype(self, name: str, layer: int | None) -> str:
+        if self.dtype is not None:
+            return self.dtype
+        row = ROW["embed" if name == "lm_head" and self.parent.config.tied else name]
+        return self.parent.weight(row, int(self.plan.layers[layer or 0]) if row.per_layer else None).dtype
 
     def _write(self, name: str, layer: int | None, weights: Weights) -> None:
         if self.world.rank == 0:
