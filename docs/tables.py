@@ -296,11 +296,10 @@ def training(*models: str) -> None:
 def training_on_gpu(model: str) -> None:
     """Print the speeds of benchmarks/training.py on a GPU, with what they take of it."""
     result = _read(RESULTS / f"training-{model}.json")
-    rows = [["", said("tokens a second"), said("model FLOP utilisation"), said("memory, GB")]]
-    for arm, a in result["arms"].items():
-        rows.append(
-            [said(arm), f"{a['tokens_per_second']:,.0f}", f"{a['utilisation']:.1%}", f"{a['memory_gigabytes']:.1f}"]
-        )
+    columns = {"tokens_per_second": ",.0f", "to_the_trainer": ".2f", "utilisation": ".1%", "memory_gigabytes": ".1f"}
+    headings = ("tokens a second", "to the Trainer", "model FLOP utilisation", "memory, GB")
+    rows = [["", *map(said, headings)]]
+    rows += [[said(arm), *(format(a[name], form) for name, form in columns.items())] for arm, a in result["arms"].items()]
     show(rows)
     _batch_caption(result)
     print()

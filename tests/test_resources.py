@@ -18,7 +18,7 @@ def test_the_memory_of_a_training_is_near_to_the_measured_one(resources: ModuleT
     found = resources._result("training-1b")
     assert found["sequence_length"] == resources.SEQUENCE
     estimate = resources.training_bytes(resources.MEASURED, 1, found["micro_batch_size"]) / 1e9
-    for arm in found["arms"].values():
+    for arm in (arm for name, arm in found["arms"].items() if name.startswith("pretrain_gpt.py")):
         assert estimate == pytest.approx(arm["memory_gigabytes"], rel=0.25)
 
 
