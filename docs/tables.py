@@ -299,7 +299,8 @@ def training_on_gpu(model: str) -> None:
     columns = {"tokens_per_second": ",.0f", "to_the_trainer": ".2f", "utilisation": ".1%", "memory_gigabytes": ".1f"}
     headings = ("tokens a second", "to the Trainer", "model FLOP utilisation", "memory, GB")
     rows = [["", *map(said, headings)]]
-    rows += [[said(arm), *(format(a[name], form) for name, form in columns.items())] for arm, a in result["arms"].items()]
+    for arm, found in result["arms"].items():
+        rows.append([said(arm), *(format(found[name], form) for name, form in columns.items())])
     show(rows)
     _batch_caption(result)
     print()
