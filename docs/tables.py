@@ -175,9 +175,9 @@ def criteria() -> None:
     print()
 
 
-def recovery() -> None:
+def recovery(family: str = "tiny") -> None:
     """Print the table of benchmarks/recovery.py."""
-    found = _read(RESULTS / "recovery-tiny.json")
+    found = _read(RESULTS / f"recovery-{family}.json")
     marks = sorted({int(tokens) for arm in found["arms"].values() for tokens in arm["loss"]})
     counts = (f"{tokens / 1e6:.2f}M" if tokens else "0" for tokens in marks)
     rows = [[said("tokens"), *counts, said("learning rate"), said("worth from scratch")]]
@@ -313,7 +313,7 @@ def recorded_teacher() -> None:
     rows = [[said("tokens"), *(f"{int(tokens) / 1e6:.2f}M" for tokens in marks)]]
     rows += [[said(arm), *(_spread(losses[tokens]) for tokens in marks)] for arm, losses in found["loss"].items()]
     show(rows)
-    _caption(said(found["machine"]), _seeds(found) if found["seeds"] > 1 else said("one seed"))
+    _caption(said(found["machine"]), _seeds(found))
     models = found["speed"]
     headings = [text for model in models for text in (said("{}, tokens a second", model), said("to the LM loss"))]
     rows = [["", *headings]]
@@ -379,7 +379,7 @@ def _spread(found: Mapping[str, float]) -> str:
 
 
 def _seeds(found: Mapping[str, Any]) -> str:
-    return said("{} seeds, mean ± standard deviation", found["seeds"])
+    return said("{} seeds, mean ± standard deviation", found["seeds"]) if found["seeds"] > 1 else said("one seed")
 
 
 def _caption(*facts: str) -> None:
