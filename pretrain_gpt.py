@@ -1,17 +1,19 @@
 """Train a Llama (recover a pruned one) with the stock Megatron loop and all of its flags.
 
     # eight GPUs: recover a pruned checkpoint; the same command again resumes from RECOVERED
-    torchrun --nproc-per-node 8 pretrain_gpt.py --use-checkpoint-args --load RECOVERED --pretrained-checkpoint PRUNED \\
-        --save RECOVERED --tensor-model-parallel-size 8 --train-data-path DATA --micro-batch-size 4 ...
+    torchrun --nproc-per-node 8 pretrain_gpt.py $(python tools/show_checkpoint.py PRUNED --megatron-flags) \\
+        --load RECOVERED --pretrained-checkpoint PRUNED --save RECOVERED --train-data-path DATA --micro-batch-size 4 ...
 
-    # no GPU: the same command line; gloo, the local layers and one thread per process are chosen for you
-    python pretrain_gpt.py --use-checkpoint-args --load RECOVERED --pretrained-checkpoint PRUNED --save RECOVERED ...
+    # no GPU: the same command line; gloo and the local layers are chosen for you
+    python pretrain_gpt.py $(python tools/show_checkpoint.py PRUNED --megatron-flags) --load RECOVERED ...
 
     # from scratch: leave out --load, or name the same new directory in --load and --save
     python pretrain_gpt.py --num-layers 8 --hidden-size 160 ... --load NEW --save NEW
 
     # distillation: learn the unpruned model's distribution instead of the text's next token
-    python pretrain_gpt.py --use-checkpoint-args ... --teacher-load UNPRUNED
+    python pretrain_gpt.py ... --teacher-load UNPRUNED
+
+(Megatron's --use-checkpoint-args works, too, but restores neither the norm's epsilon nor the rope scaling.)
 
 The loop, the optimizer, the schedules, the checkpoints and the flags are Megatron's (`megatron.training`, from the
 wheel of megatron-core). This project adds, in megatron/pruning/training: defaults for machines without a GPU or without

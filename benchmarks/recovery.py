@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default 2, on a GPU 1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED")
     parser.add_argument("--learning-rate", type=float, metavar="LR", help="of every run, instead of tuned ones")
-    parser.add_argument("--scale", type=float, default=1.0, help="of all token counts; below 1 only shows that it runs")
+    parser.add_argument("--scale", type=float, default=1.0, help="of all token counts")
     parser.add_argument("--figures", type=Path, default=ROOT / "assets", metavar="DIR")
     parser.add_argument(
         "--json",

@@ -6,7 +6,7 @@
 #   LOAD_PATH=llama-7b-tp8 SAVE_PATH=recovered DATA_PATH="0.7 pile_a_text_document 0.3 pile_b_text_document" \
 #   GPUS_PER_NODE=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 bash scripts/check_model.sh
 #
-# TEACHER_LOAD=llama-13b-hf learns the distribution of that model, of any format, shape and layout, on top. With
+# TEACHER_LOAD=llama-13b-hf learns the distribution of that model, of any format, shape and layout, instead. With
 # TEACHER_SAVE=answers the same command trains nothing: it has the teacher read the whole text, in any layout, and keeps
 # its likeliest tokens; KD_LOAD=answers then learns from them, in any layout, and the teacher takes neither time nor memory.
 # Further flags of pretrain_gpt.py (all of Megatron's) may follow and win over those given here.
@@ -103,8 +103,6 @@ device=(--ckpt-format torch)
 if [ "$gpus" -gt 0 ]; then
     device=(--cross-entropy-loss-fusion --ckpt-format torch_dist) # in which every rank saves what it holds
     [ "$tensor" = 1 ] || device+=(--sequence-parallel)
-else
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 [ -n "$DTYPE" ] || DTYPE=$([ "$gpus" -gt 0 ] && echo bf16 || echo fp32)
 case $DTYPE in
@@ -122,6 +120,10 @@ if [ -z "${GPUS_PER_NODE:-}" ]; then # as many data-parallel copies as there are
     [ "$gpus" = 0 ] || [ "$GPUS_PER_NODE" -le "$gpus" ] || GPUS_PER_NODE=$gpus
 fi
 processes=$((GPUS_PER_NODE * nodes))
+if [ "$gpus" = 0 ]; then # each process computes with its share of the cores
+    cores=$(nproc)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > GPUS_PER_NODE ? cores / GPUS_PER_NODE : 1))}
+fi
 [ $((processes % ranks)) = 0 ] ||
     die "$LOAD_PATH is cut for $ranks model ranks, but there are $processes processes: re-cut it with scripts/transfer.sh"
 copies=$((processes / ranks))

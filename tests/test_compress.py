@@ -207,6 +207,13 @@ def test_settings_of_the_training_are_numbers(
         compress.main([*FLAGS, "--save", str(tmp_path / "out")])
 
 
+def test_several_machines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NNODES", "4")
+    with pytest.raises(ValueError, match="NNODES is 4: this goes on one machine"):
+        compress.main([*FLAGS, "--save", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_flag_that_prune_llama_has_not_is_said_before_any_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive, metavar="N", help="rounds (default: as many as --tokens names)")
     parser.add_argument(
         "--teacher", choices=("parent", "none"), default="none",
-        help="also learn what the parent, of the first round, would say (default none)",
+        help="learn what the parent of the first round would say, with KD_ALPHA below 1 the text, too (default none)",
     )  # fmt: skip
     parser.add_argument(
         "--candidates", type=positive, metavar="K", help="measure K shapes a round (default: take the first proposal)"
@@ -146,6 +146,10 @@ def main(argv: Sequence[str]) -> None:
     if args.dry_run:
         print("\n".join(f"\n# {step.name}\n{step}" for step in steps))
         return
+    if os.environ.get("NNODES", "1") not in ("", "1"):
+        raise ValueError(
+            f"NNODES is {os.environ['NNODES']}: this goes on one machine; on several, take the steps that --dry-run prints"
+        )
     args.save.mkdir(parents=True, exist_ok=True)
     try:
         held = hold_directory(args.save)

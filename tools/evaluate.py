@@ -1,6 +1,7 @@
 """Validation loss and perplexity of checkpoints, side by side, whatever their formats and layouts.
 
-    python tools/evaluate.py --load assets/tiny-llama --load runs/pruned --load runs/recovered --data runs/data/valid
+    python tools/evaluate.py --load assets/tiny-llama --load runs/recovered \\
+        --data runs/data/valid_text_document
     python tools/evaluate.py --load INSTRUCT --load runs/recovered --data runs/data/chat_messages_document --chat
     python tools/evaluate.py --load runs/parent --load runs/recovered --tasks arc_easy,hellaswag  # pip install lm-eval
     torchrun --nproc_per_node 8 tools/evaluate.py --load Llama-2-70b-hf --load 34b --data pile_valid_text_document
