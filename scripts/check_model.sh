@@ -120,10 +120,6 @@ if [ -z "${GPUS_PER_NODE:-}" ]; then # as many data-parallel copies as there are
     [ "$gpus" = 0 ] || [ "$GPUS_PER_NODE" -le "$gpus" ] || GPUS_PER_NODE=$gpus
 fi
 processes=$((GPUS_PER_NODE * nodes))
-if [ "$gpus" = 0 ]; then # each process computes with its share of the cores
-    cores=$(nproc)
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > GPUS_PER_NODE ? cores / GPUS_PER_NODE : 1))}
-fi
 [ $((processes % ranks)) = 0 ] ||
     die "$LOAD_PATH is cut for $ranks model ranks, but there are $processes processes: re-cut it with scripts/transfer.sh"
 copies=$((processes / ranks))

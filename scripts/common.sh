@@ -60,6 +60,9 @@ launcher() {
     fi
     has_module torch || die "several processes meet through torch, which is not installed: bash scripts/setup.sh, or" \
         "run one process"
+    local cores
+    cores=$(nproc) # of which each process has its share; torchrun would give it one
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
     local where=(--standalone)
     if [ "${NNODES:-1}" != 1 ]; then
         where=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-localhost}"

@@ -27,7 +27,7 @@ TP=${TP:-} # layout of the target; empty: the parent's
 PP=${PP:-}
 PRUNE_TYPE=${PRUNE_TYPE:-} # balance (also when empty) or unbalance
 DATA_PATH=${DATA_PATH:-} # text to learn from: .bin/.idx prefix, or "weight prefix weight prefix ..."; empty: only cut
-GPUS_PER_NODE=${GPUS_PER_NODE:-1} # processes that share the writing, and the text
+GPUS_PER_NODE=${GPUS_PER_NODE:-} # processes that share the writing, and the text; empty: 1, with a text one a GPU
 
 SETUP=$([ -n "$DATA_PATH" ] || echo --or-light) # who only cuts needs no torch
 source "$HERE/scripts/common.sh"
@@ -41,11 +41,13 @@ remain=()
 [ -n "$TP" ] && remain+=(--tensor-model-parallel-size "$TP")
 [ -n "$PP" ] && remain+=(--pipeline-model-parallel-size "$PP")
 if [ -n "$DATA_PATH" ]; then
+    [ -n "$GPUS_PER_NODE" ] || GPUS_PER_NODE=$(count_gpus)
+    [ "$GPUS_PER_NODE" != 0 ] || GPUS_PER_NODE=1
     words "$DATA_PATH"
     remain+=(--reconstruct --data-path "${split[@]}")
 fi
 
-processes=$GPUS_PER_NODE
+processes=${GPUS_PER_NODE:-1}
 [[ " $* " != *" --candidates"* ]] || processes=1 # it starts the steps itself, each with GPUS_PER_NODE processes
 launch "$processes" "$ROOT/prune_llama.py" --is_prune "${remain[@]}" \
     --load "$LOAD_PATH" --save "$SAVE_PATH" "$@"

@@ -9,6 +9,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 RUNS=${QUICKSTART_RUNS:-$HERE/runs/quickstart}
 SEQUENCES=${SEQUENCES:-128}         # sequences of text to reconstruct by
 TRAIN_ITERS=${TRAIN_ITERS:-80}      # steps of continued pretraining
+TRAIN_FILES=${TRAIN_FILES:-1000}    # files of the text that training learns from; it has fewer
 VALID_FILES=${VALID_FILES:-8}       # files of the text that training validates on, and all models are compared on
 TP=${TP:-} # empty: 2, or 1 where there is one GPU
 
@@ -22,6 +23,7 @@ say "1/9 text: Python's standard library as tokens"
 "$PYTHON" "$ROOT/assets/make_tiny_llama.py" --data-only "$RUNS/data"
 # What is compared at the end are 65,536 tokens, which the first eight files hold.
 sed -i "$((VALID_FILES + 1)),\$d" "$RUNS/data/valid.jsonl"
+sed -i "$((TRAIN_FILES + 1)),\$d" "$RUNS/data/train.jsonl"
 tokenize() {
     "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$RUNS/data/$1.jsonl" --output-prefix "$RUNS/data/$1" \
         --load "$ROOT/assets/tiny-llama" --append-eod "${@:2}"

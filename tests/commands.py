@@ -43,20 +43,27 @@ def run(*command: str, **settings: object) -> subprocess.CompletedProcess[str]:
 
 
 def check_model(folder: Path, gpus: int = 0, *flags: str, **settings: object) -> tuple[list[str], list[str]]:
-    """Run check_model.sh as on a machine with so many GPUs; return what would start the training, and all its flags.
+    """Run check_model.sh so; return what would start the training, and all its flags."""
+    return started_by("check_model.sh", "pretrain_gpt.py", folder, gpus, *flags, **settings, VERBOSE=1)
+
+
+def started_by(
+    name: str, program: str, folder: Path, gpus: int, *flags: str, **settings: object
+) -> tuple[list[str], list[str]]:
+    """Run a script as on a machine with so many GPUs; return what would start the program, and all its flags.
 
     Raises ValueError with what the script says where it ends before that.
     """
-    python, script = folder / "python", str(ROOT / "pretrain_gpt.py")
-    train = f'*pretrain_gpt.py*) printf "%s\\n" "$@" >"{folder}/launched";; *count_gpus*) echo {gpus};;'
-    python.write_text(f'#!/bin/sh\ncase "$*" in {train} *) exec {sys.executable} "$@";; esac\n')
+    python, script = folder / "python", str(ROOT / program)
+    start = f'*{program}*) printf "%s\\n" "$@" >"{folder}/launched";; *count_gpus*) echo {gpus};;'
+    python.write_text(f'#!/bin/sh\ncase "$*" in {start} *) exec {sys.executable} "$@";; esac\n')
     python.chmod(0o755)
     path = os.environ["PATH"]
     if gpus:
         (folder / "bin").mkdir(exist_ok=True)
         (folder / "bin/nvidia-smi").symlink_to("/bin/true")
         path = f"{folder / 'bin'}:{path}"
-    done = run("bash", str(ROOT / "scripts/check_model.sh"), *flags, **settings, PYTHON=python, PATH=path, VERBOSE=1)
+    done = run("bash", str(ROOT / "scripts" / name), *flags, **settings, PYTHON=python, PATH=path)
     if done.returncode:
         raise ValueError(done.stderr)
     words = (folder / "launched").read_text().splitlines()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, check_model
+from commands import ROOT, check_model, started_by
 from helpers import convert, hf_loss, make_llama, prune, write_repeated
 from stock_loop import StockLoop
 
@@ -54,6 +54,13 @@ def test_check_model_trains_a_pruned_pipeline_and_resumes(folder: Path) -> None:
     for name in ("huggingface/config.json", "prune_plan.json"):
         assert (folder / "pp2-trained" / name).read_bytes() == (pruned / name).read_bytes()
     assert exported_loss(folder / "pp2-trained") < resumed[7]
+
+
+@pytest.mark.parametrize("gpus,text,processes", [(8, "text", 8), (8, "", 1), (0, "text", 1)])
+def test_a_text_is_read_by_all_gpus(tmp_path: Path, gpus: int, text: str, processes: int) -> None:
+    launcher, words = started_by("prune_llama.sh", "prune_llama.py", tmp_path, gpus, LOAD_PATH="x", DATA_PATH=text)
+    started = int(launcher[launcher.index("--nproc_per_node") + 1]) if launcher else 1
+    assert started == processes and ("--reconstruct" in words) == bool(text)
 
 
 @pytest.mark.parametrize("flag", ["--context-parallel-size=4", "--context-parallel-size 4"])

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,18 @@ def test_training_starts_on_both_nodes_with_all_gpus(bin: Path, gqa: Path, tmp_p
         assert "--tensor-model-parallel-size\n4\n" in words
     with pytest.raises(ValueError, match="cut for 4 model ranks, but there are 6 processes"):
         submit(bin, "train", gpus=3, **settings)
+
+
+@pytest.mark.parametrize("hours,minutes", [(1.005, "45"), (0.1, None), (None, None)])
+def test_training_ends_before_its_job_does(
+    bin: Path, gqa: Path, tmp_path: Path, hours: float | None, minutes: str | None
+) -> None:
+    ends = {} if hours is None else {"SLURM_JOB_END_TIME": int(time.time() + hours * 3600)}
+    settings = {"LOAD_PATH": gqa, "SAVE_PATH": tmp_path / "new", "DATA_PATH": "text", "TOKENIZER_MODEL": "none"}
+    record = submit(bin, "train", "--seed", "5", **settings, **ends, TP=1, GLOBAL_BATCH_SIZE=16, VERBOSE=1)
+    words = (record / "node0").read_text().splitlines()
+    found = words[words.index("--exit-duration-in-mins") + 1] if "--exit-duration-in-mins" in words else None
+    assert found == minutes and words[-2:] == ["--seed", "5"]
 
 
 def test_evaluation_is_one_process(bin: Path) -> None:

@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if os.environ.get("NNODES", "1") not in ("", "1"):
         raise ValueError(
-            f"NNODES is {os.environ['NNODES']}: this goes on one machine; on several, take the steps that --dry-run prints"
+            f"NNODES is {os.environ['NNODES']}: this goes on one machine; on several, take the steps of --dry-run"
         )
     args.save.mkdir(parents=True, exist_ok=True)
     try:

@@ -151,9 +151,9 @@ def record(args: argparse.Namespace) -> None:
         empty = nothing_yet(checkpoint, text, args.layer_loss, dtype)
         if is_first():
             print(f"source: {checkpoint}\ntext: {len(text):,} sequences of {length} tokens of {args.data}", flush=True)
-        recorder = recorder_for(checkpoint, layout, dtype, length, args.layer_loss > 0, args.layer_by_layer)
         copies, copy = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         with EndedTogether():
+            recorder = recorder_for(checkpoint, layout, dtype, length, args.layer_loss > 0, args.layer_by_layer)
             score(args.save, empty, recorder, text, copies, copy)
     finally:
         torch.distributed.destroy_process_group()

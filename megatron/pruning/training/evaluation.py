@@ -51,7 +51,8 @@ class Evaluation:
         self.world, self.layered, self.dtype, self.batch = world, layered, dtype, batch
         number = number_here() if device == "cuda" else None
         if layered:
-            cpu_device.install()
+            if not cpu_device.install() and device == "cpu":
+                raise ValueError("one layer at a time is computed on the GPUs that are there: leave out --device cpu")
             with quiet_imports():
                 from megatron.pruning.training.stock_model import join
             join(Layout(), world)
@@ -102,8 +103,9 @@ class Evaluation:
         progress = Progress(what, windows, self.world.rank == 0, unit="windows")
         total = torch.zeros(2, dtype=torch.float64)
         for tokens, counted in portions.values():
-            logits = model(tokens[:, :-1], use_cache=False).logits[counted].float()
-            total[0] += cross_entropy(logits, tokens[:, 1:][counted], reduction="sum").cpu()
+            logits = model(tokens[:, :-1], use_cache=False).logits
+            for one, labels, counts in zip(logits, tokens[:, 1:], counted, strict=True):  # in fp32 one window's alone
+                total[0] += cross_entropy(one[counts].float(), labels[counts], reduction="sum").cpu()
             total[1] += counted.sum().cpu()
             progress.advance(len(tokens))
         progress.close()

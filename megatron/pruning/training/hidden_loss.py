@@ -28,7 +28,7 @@ class HiddenLoss:
     """
 
     def __init__(self, teacher: Checkpoint, student: Checkpoint, vocab: int, device: torch.device) -> None:
-        basis = _basis(teacher, student, vocab)
+        basis = _basis(teacher, student, vocab, device)
         self.basis = Basis(basis.channels.to(device), None if basis.matrix is None else basis.matrix.to(device))
         gain = tensor_of(teacher.weight(ROW["final_norm"], None), torch.float32, device)
         self.gain = gain if basis.matrix is not None else torch.ones_like(gain)
@@ -46,7 +46,7 @@ class HiddenLoss:
         return losses
 
 
-def _basis(teacher: Checkpoint, student: Checkpoint, vocab: int) -> Basis:
+def _basis(teacher: Checkpoint, student: Checkpoint, vocab: int, device: torch.device) -> Basis:
     """Return the student's hidden space in the teacher's, from a sample of the rows of their embeddings."""
     wide, narrow = (_rows(checkpoint, vocab, 4 * teacher.config.hidden_size) for checkpoint in (teacher, student))
     written = wide.to(narrow.dtype).float()  # as the pruning wrote what it kept of it
@@ -55,9 +55,10 @@ def _basis(teacher: Checkpoint, student: Checkpoint, vocab: int) -> Basis:
     found = [numbers.get(column.tobytes()) for column in narrow.T.contiguous().numpy()]
     if None not in found:
         return Basis(torch.tensor(found))
-    matrix = torch.linalg.lstsq(wide.double(), narrow.double()).solution
-    missed = float((wide.double() @ matrix - narrow.double()).norm() / narrow.double().norm())
-    if not narrow.shape[1] <= wide.shape[1] <= len(wide) or missed > _MOST_MISSED:
+    wide, narrow = wide.to(device).double(), narrow.to(device).double()  # a CPU may take many minutes for it
+    matrix = torch.linalg.lstsq(wide, narrow).solution
+    missed = float((wide @ matrix - narrow).norm() / narrow.norm())
+    if not narrow.shape[1] <= wide.shape[1] <= len(wide) or not missed <= _MOST_MISSED:
         raise ValueError(
             f"--kd-hidden: the hidden states of {student.path} are no part of those of {teacher.path}, by their "
             "embeddings: it takes the checkpoint as it was pruned from this teacher"

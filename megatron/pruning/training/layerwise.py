@@ -38,7 +38,9 @@ def tensor_of(view: View, dtype: torch.dtype, device: torch.device) -> Tensor:
     found = torch.empty(view.shape, dtype=dtype, device=device)
     start = 0
     for _, bits in blocks(view):
-        found[start : start + len(bits)] = torch.from_numpy(bits).view(getattr(torch, TORCH_NAMES[view.dtype]))
+        # To the device first: between two devices a copy would change the dtype on the host, and send twice the bytes.
+        bits_there = torch.from_numpy(bits).view(getattr(torch, TORCH_NAMES[view.dtype])).to(device)
+        found[start : start + len(bits)] = bits_there
         start += len(bits)
     return found
 

@@ -57,8 +57,8 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # of a library with
             # the time in float32 that it takes in bfloat16.
             wide = torch.promote_types(dtype, torch.float32)
             query, key, value = (t.to(wide).transpose(0, 1).contiguous().transpose(0, 1) for t in (query, key, value))
-        elif dtype == torch.float32 and query.shape[2] != key.shape[2]:
-            # The one kernel that is linear in memory in fp32 wants a key for every head.
+        elif (dtype == torch.float32 or attention_mask is not None) and query.shape[2] != key.shape[2]:
+            # The one kernel that is linear in memory in fp32, or with a mask, wants a key for every head.
             key, value = (t.repeat_interleave(query.shape[2] // t.shape[2], dim=2) for t in (key, value))
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [batch, heads, sequence, head_dim]
         if packed_seq_params is None:

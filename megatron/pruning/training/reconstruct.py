@@ -67,6 +67,13 @@ class Text:
             for tensor in sums:
                 torch.distributed.all_reduce(tensor)
 
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """Return what the first rank has, of which others may have other last bits, or signs."""
+        if self.ranks > 1:
+            tensor = tensor.contiguous()
+            torch.distributed.broadcast(tensor, 0)
+        return tensor
+
 
 @dataclass
 class Reconstruction:
@@ -297,7 +304,7 @@ class Reconstruction:
         for stretch in self.text.stretches(held_out=False):
             see(self.states.get("parent.0", stretch.number))
         self.text.add_up(seen)
-        return rotation(seen, readers, self.config.hidden_size)
+        return self.text.from_first(rotation(seen, readers, self.config.hidden_size))
 
 
 def loss_of(checkpoint: Checkpoint, text: Text, states: States, progress: Progress) -> float:

@@ -32,7 +32,8 @@ from megatron.pruning.training.least_squares import Fit, tensor_cores
 from megatron.pruning.training.reconstruct import Options, Reconstruction, Text, loss_of
 from megatron.pruning.training.room import free_on_gpu
 
-COMMIT_SECONDS = 60.0  # between the layers that an interrupted run can go on from, where states are in memory
+# Between the layers that an interrupted run can go on from, where states are in memory: and as a share of the time.
+COMMIT_SECONDS, COMMIT_SHARE = 60.0, 0.05
 _BASIS = "basis.safetensors"
 _TOUCHED = {"embed", *READERS, *NORM_OF, *WRITERS}  # rows of a layer that a smaller hidden size or a refit changes
 
@@ -91,15 +92,17 @@ class Job:
                     _save({"basis": work.basis.matrix}, self.folder / _BASIS)
         elif self.options.rotate:
             work.set_basis(load_file(self.folder / _BASIS)["basis"])
-        committed, at = done, time.monotonic()
+        committed, at, took = done, time.monotonic(), 0.0
         for layer in range(done, layers):
             self._write(f"layer-{layer:05d}", layer, work.layer(layer))
             self._add(layer + 1, layer, work.fits)
-            if self._is_time(at):
+            if self._is_time(at + took / COMMIT_SHARE):
+                began = time.monotonic()
                 self.states.make_durable(f"parent.{layer + 1}", f"pruned.{layer + 1}")
                 self._commit()
                 self.states.drop(f"parent.{committed}", f"pruned.{committed}")
                 committed, at = layer + 1, time.monotonic()
+                took = at - began
             self.states.free(f"parent.{layer}", f"pruned.{layer}")
             progress.advance(1)
         self._write("last", None, work.finish())
@@ -230,11 +233,18 @@ class Job:
         widths = 3 * parent.hidden_size + 3 * pruned["hidden"] + pruned["heads"] * pruned["head_dim"]
         return int(self.text.calibration.tokens.size) * widths * 4
 
+    def _bytes_of_work(self) -> int:
+        """Return what a rank takes beside the states: layers in fp32, sums and what is solved for in fp64."""
+        parent, ffn, kept = self.parent.config, self.plan.sizes["ffn"], self.plan.sizes["hidden"]
+        layers = 3 * parent.parameters // parent.num_layers  # the parent's; what is aimed at; the pruned one, twice
+        return 4 * layers + 8 * (4 * ffn * ffn + 6 * ffn * kept + 2 * kept * kept)
+
     def _fits_in_memory(self) -> bool:
-        """Tell whether every rank's GPU has room for its hidden states, with as much again for the work."""
+        """Tell whether every rank's GPU has room for its hidden states, beside the work and half of what is free."""
         if self.text.device.type != "cuda" or cpu_device.is_installed():
             return False
-        room = free_on_gpu() / 2  # the model that the scores were of has gone
+        free = free_on_gpu()  # the model that the scores were of has gone
+        room = min(free / 2, free - self._bytes_of_work())
         without = torch.tensor(float(self._bytes_of_states() / self.text.ranks >= room), device=self.text.device)
         self.text.add_up(without)  # all ranks must do the same
         return float(without) == 0

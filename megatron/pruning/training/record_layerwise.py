@@ -104,7 +104,7 @@ class LayerwiseRecorder(Recorder):
         self.watching, self.states = True, one.states
         self._keep_state(one.hidden)
         one.hidden = self.layer(one.hidden)
-        one.states[-1] = one.states[-1].cpu()
+        one.states[-1] = one.states[-1].to(self.aside)
         self.watching, self.states = False, []
 
     def _end(self, one: _Reading, norm: Callable[[torch.Tensor], torch.Tensor], head: torch.Tensor) -> None:

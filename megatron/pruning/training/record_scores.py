@@ -39,7 +39,8 @@ class Recorder:
         self.first, self.last = stage == 0, stage == layout.pipeline - 1
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.dtype = next(model.parameters()).dtype
-        self.positions = torch.arange(min(length, POSITIONS)) * length // min(length, POSITIONS)
+        read = min(length, POSITIONS)
+        self.positions = torch.arange(read, device=self.device) * length // read
         self.states: list[torch.Tensor] = []  # unit vectors, [positions, hidden] each, of the sequence at hand
         self.skipped: int | None = None  # the global layer that is left out of the pass at hand
         self.watching = False
@@ -86,7 +87,7 @@ class Recorder:
 
     def _keep_state(self, hidden: torch.Tensor) -> None:
         if self.watching:  # hidden is [sequence, 1, hidden size]
-            picked = hidden[self.positions.to(hidden.device), 0].float()
+            picked = hidden[self.positions, 0].float()
             self.states.append(torch.nn.functional.normalize(picked, dim=-1))
 
     def _norm(self, row: int, final: bool = False) -> Callable[..., None]:
@@ -106,10 +107,12 @@ class Recorder:
             if self.watching:
                 units, at = self.sums[name].shape[1], row + self.row
                 self.sums[name][at] += _squared_mean(args[0]).view(units, -1).sum(1)
+                added: dict[int, torch.Tensor] = {}  # by the number of units: without groups each head is one
                 for axis in ("heads", "groups") if name == "heads" else (name,):
-                    self.sums[f"added_by_{axis}"][at] += _added(
-                        args[0], linear.weight, self.sums[f"added_by_{axis}"].shape[1]
-                    )
+                    sums = self.sums[f"added_by_{axis}"][at]
+                    if len(sums) not in added:
+                        added[len(sums)] = _added(args[0], linear.weight, len(sums))
+                    sums += added[len(sums)]
 
         return hook
 
@@ -205,6 +208,9 @@ def _added(inputs: torch.Tensor, weight: torch.Tensor, units: int) -> torch.Tens
     `inputs` are [sequence, 1, channels], `weight` is [hidden, channels]. With A the second moment of a block's inputs
     and V that of its columns, the sum is that of A times V: no output is computed.
     """
+    if inputs.shape[-1] == units:  # numbers, of which there are thousands
+        a, w = (t.flatten(0, -2).float().square().sum(0).double() for t in (inputs, weight))
+        return a * w
     a, w = (t.flatten(0, -2).float().view(-1, units, t.shape[-1] // units).transpose(0, 1) for t in (inputs, weight))
     added: torch.Tensor = ((a.transpose(1, 2) @ a) * (w.transpose(1, 2) @ w)).double().sum((1, 2))
     return added

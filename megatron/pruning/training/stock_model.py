@@ -5,7 +5,6 @@ The layers are the local ones (local_layers.py), whose norms and linears are mod
 
 import argparse
 import functools
-import os
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from megatron.pruning.storage.views import View, blocks
 from megatron.pruning.training import cpu_device
 from megatron.pruning.training.local_layers import gpt_config
 from megatron.pruning.training.quiet import quiet_imports
+from megatron.pruning.training.room import number_here
 
 
 def join(layout: Layout, world: processes.World | None = None) -> None:
@@ -46,7 +46,7 @@ def join(layout: Layout, world: processes.World | None = None) -> None:
         )
     processes.be_alone_without_torchrun()
     if not cpu_device.is_installed():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(number_here())
     processes.World.joined = True
     torch.distributed.init_process_group(
         "gloo" if cpu_device.is_installed() else "nccl", **({} if world is None else world.meeting_place())
