@@ -93,17 +93,19 @@ def run_job(job: dict[str, Any]) -> float:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run every job, on all processes together, those of one layout after each other.
+    """Run every job, on as many processes as its layout has, those of one layout after each other.
 
     Each process group of gloo has threads that end with it, and Megatron makes dozens: no more than one layout's may
     be there at a time.
     """
-    store, rank, size = next(rendezvous("env://"))
+    store, rank, _ = next(rendezvous("env://"))
     path = Path(argv[0])
     jobs, results = json.loads(path.read_text()), {}
     for tensor, pipeline in sorted({(job["tensor"], job["pipeline"]) for job in jobs}):
+        if rank >= tensor * pipeline:
+            continue  # they would only be copies
         own = torch.distributed.PrefixStore(f"{tensor} {pipeline}", store)
-        torch.distributed.init_process_group("gloo", store=own, rank=rank, world_size=size)
+        torch.distributed.init_process_group("gloo", store=own, rank=rank, world_size=tensor * pipeline)
         parallel_state.initialize_model_parallel(tensor, pipeline)
         for number, job in enumerate(jobs):
             if (job["tensor"], job["pipeline"]) == (tensor, pipeline):

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -220,6 +221,10 @@ if __name__ == "__main__":
         importlib.import_module(f"megatron.core.{module}")
     for module in ("torch.utils.serialization.config", "matplotlib.pyplot"):
         importlib.import_module(module)
+    if importlib.util.find_spec("transformer_engine") is None:  # with it only the loop is run
+        for module in ("llama", "qwen2", "qwen3"):
+            importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        importlib.import_module(f"{ours}.evaluation")
     read_sources_once()
     # The tokens of a test, too, are to be more than are taken at once.
     replace(importlib.import_module(f"{ours}.divergence"), "_FP32_VALUES", 1000)

@@ -243,7 +243,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(900)  # seconds: all steps, one after the other
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_its_commands_give_the_same_bytes_alone(compressed: Path) -> None:
     top = compressed
     state = json.loads((top / "out/compress.json").read_text())

@@ -10,8 +10,6 @@ import torch
 from commands import ROOT
 from convert import main as convert_main
 from helpers import (
-    EACH_SHAPE,
-    SHAPES,
     as_bin,
     assert_same_tensors,
     convert,
@@ -22,6 +20,7 @@ from helpers import (
     set_config,
     tensors,
 )
+from model_shapes import EACH_SHAPE, SHAPES
 from safetensors.torch import load_file, save_file
 from stock_loop import StockLoop
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast

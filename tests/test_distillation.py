@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(1)
 
 VOCABULARY, PADDED, SEQUENCE, EOD = 101, 128, 32, 100
 TRAINING = (

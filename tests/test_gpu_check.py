@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from commands import ROOT, run
 from helpers import make_llama, write_repeated
+from stock_loop import stands_in_for_python
 
 CHECK = ROOT / "benchmarks" / "gpu"
 
@@ -71,6 +72,7 @@ def test_the_loss_of_each_step_is_in_the_log_of_a_training(
         "LOAD_PATH": make_llama(tmp_path / "hf", "gqa"), "DATA_PATH": tmp_path / "text", "VALID_DATA_PATH": "",
         "SPLIT": "100,0,0", "TOKENIZER_TYPE": "NullTokenizer", "TOKENIZER_MODEL": "none", "SEQ_LENGTH": 32,
         "MICRO_BATCH_SIZE": 2, "GLOBAL_BATCH_SIZE": 4, "LR": 1e-2, "LR_WARMUP_ITERS": 1,
+        "PYTHON": stands_in_for_python(tmp_path),
     }  # fmt: skip
     log = check.Machine(tmp_path, 0, 100.0).train("first", gpu=False, **settings)
     first, *_, last = (compare.loss(log, "lm loss", step) for step in (1, 2, 3))

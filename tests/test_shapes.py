@@ -158,7 +158,7 @@ def test_memory_is_that_of_the_weights_file_and_of_the_cache_and_both_targets_ho
         assert abs(shape.parameters / (0.7 * config.parameters) - 1) <= 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_candidates_are_reconstructed_and_the_best_trained_on(tmp_path: Path) -> None:
     source, text, save = make_llama(tmp_path / "hf", "gqa", vocab=128), tmp_path / "data", tmp_path / "out"
     write_documents(text, np.tile(np.random.default_rng(0).integers(0, 128, 40), 100))

@@ -345,6 +345,7 @@ OPTIONAL = (
     "O_DIRECT",
     "direct write",
 )
+ANY_ERROR = ("renameat2", "flock", "posix_fadvise", "O_DIRECT")  # is taken alike
 
 
 def without(call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,14 +384,14 @@ def cut_in_two(gqa: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return digests(convert(gqa, tmp_path_factory.mktemp("wanted") / "wanted", tensor=2))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(0.7)
 @pytest.mark.parametrize(
     "call,number",
     # What names are exchanged with says no more than that it cannot.
     [
         (call, number)
         for call in OPTIONAL
-        for number in sorted(direct_write.UNSUPPORTED)[: 1 if call == "renameat2" else None]
+        for number in sorted(direct_write.UNSUPPORTED)[: 1 if call in ANY_ERROR else None]
     ],
     ids=lambda value: value if isinstance(value, str) else errno.errorcode[value],
 )

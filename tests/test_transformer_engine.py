@@ -13,7 +13,7 @@ from test_training import DATA, MODEL, TRAINING, folder  # noqa: F401 - a fixtur
 from megatron.pruning.formats import open_checkpoint, save_checkpoint
 from megatron.pruning.model.layout import Layout
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(12)
 
 SHORT = "--train-iters 8 --save-interval 2"
 FP8 = "--fp8-format hybrid --fp8-param-gather --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
