@@ -32,7 +32,8 @@ from megatron.pruning.training.least_squares import Fit, tensor_cores
 from megatron.pruning.training.reconstruct import Options, Reconstruction, Text, loss_of
 from megatron.pruning.training.room import free_on_gpu
 
-# Between the layers that an interrupted run can go on from, where states are in memory: and as a share of the time.
+# Where states are in memory: seconds between the layers that an interrupted run can go on from, at least, and the most
+# of the time that may be spent on having it so.
 COMMIT_SECONDS, COMMIT_SHARE = 60.0, 0.05
 _BASIS = "basis.safetensors"
 _TOUCHED = {"embed", *READERS, *NORM_OF, *WRITERS}  # rows of a layer that a smaller hidden size or a refit changes
