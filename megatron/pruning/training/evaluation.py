@@ -125,7 +125,8 @@ class Evaluation:
                     f"{need / 1e9:.1f} GB: take fewer --max-tokens, or a TMPDIR on a larger disk"
                 )
             # numpy, which writes the files, has no bf16.
-            states = States(Path(folder), dtype if on_gpu else torch.float32, self.device, list(portions), on_gpu)
+            kept, holder = (dtype, self.device) if on_gpu else (torch.float32, None)
+            states = States(Path(folder), kept, self.device, list(portions), holder)
             progress = Progress(what, checkpoint.config.num_layers, self.world.rank == 0, unit="layers")
             sums = loss_sums(checkpoint, portions, states, dtype, progress)
             progress.close()

@@ -107,20 +107,22 @@ class Layer:
 class States:
     """Hidden states of a text, by a name that says of what they are, for each stretch of it.
 
-    Each stretch is a file, or, with `in_memory`, a tensor on the device and a file only once that is asked for.
+    Each stretch is a file, or, where there is a `holder`, a tensor on that device, the GPU or the host, and a file only
+    once that is asked for.
     Processes may share the directory, each with stretches of its own: `numbers`.
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, device: torch.device, numbers: Sequence[int], in_memory: bool = False
-    ) -> None:
-        self.folder, self.dtype, self.device, self.numbers, self.in_memory = folder, dtype, device, numbers, in_memory
+        self, folder: Path, dtype: torch.dtype, device: torch.device, numbers: Sequence[int],
+        holder: torch.device | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.dtype, self.device, self.numbers, self.holder = folder, dtype, device, numbers, holder
         self._held: dict[tuple[str, int], Tensor] = {}
 
     def put(self, name: str, number: int, states: Tensor) -> None:
         """Keep the states of stretch `number`, `[sequence, batch, width]`, which nobody writes to any more."""
-        if self.in_memory:
-            self._held[name, number] = states.to(self.dtype)
+        if self.holder is not None:
+            self._held[name, number] = states.to(self.dtype).to(self.holder)
         else:
             self._write(name, number, states)
 
@@ -136,7 +138,7 @@ class States:
     def get(self, name: str, number: int) -> Tensor:
         """Return them."""
         if (name, number) in self._held:
-            return self._held[name, number]
+            return self._held[name, number].to(self.device)
         with self._path(name, number).open("rb") as file:
             return torch.from_numpy(np.load(file, allow_pickle=False)).to(self.device)
 
@@ -150,7 +152,7 @@ class States:
                 os.fsync(file.fileno())
 
     def free(self, *names: str) -> None:
-        """Forget what the device's memory holds of states; their files stay."""
+        """Forget what memory holds of states; their files stay."""
         for name, number in itertools.product(names, self.numbers):
             self._held.pop((name, number), None)
 

@@ -30,7 +30,7 @@ from megatron.pruning.training.basis import NORM_OF
 from megatron.pruning.training.layerwise import ROW, States, Weights
 from megatron.pruning.training.least_squares import Fit, tensor_cores
 from megatron.pruning.training.reconstruct import Options, Reconstruction, Text, loss_of
-from megatron.pruning.training.room import free_on_gpu
+from megatron.pruning.training.room import free_memory, free_on_gpu, processes_here
 
 # Where states are in memory: seconds between the layers that an interrupted run can go on from, at least, and the most
 # of the time that may be spent on having it so.
@@ -58,7 +58,7 @@ class Job:
         self.parent, self.plan, self.text, self.options, self.dtype = parent, plan, text, options, dtype
         self.folder, self.world = folder, world
         numbers = [stretch.number for stretch in text.stretches()]
-        self.states = States(folder / "states", torch.float32, text.device, numbers, self._fits_in_memory())
+        self.states = States(folder / "states", torch.float32, text.device, numbers, self._holder())
         self.report = self._go_on(self._empty_report())
 
     def run(self) -> tuple[Reconstructed, Report]:
@@ -115,7 +115,7 @@ class Job:
 
     def _is_time(self, since: float) -> bool:
         """Tell whether an interrupted run is to go on from here: with states in memory that costs a copy to disk."""
-        if not self.states.in_memory:
+        if self.states.holder is None:
             return True
         votes = torch.tensor(float(time.monotonic() - since > COMMIT_SECONDS), device=self.text.device)
         self.text.add_up(votes)  # all ranks must do the same
@@ -222,8 +222,8 @@ class Job:
             )
 
     def _bytes_on_disk(self) -> int:
-        """Return what of them lies in files: what a layer begins with, twice, where a GPU has room for the others."""
-        if not self.states.in_memory:
+        """Return what of them lies in files: what a layer begins with, twice, where memory has room for the others."""
+        if self.states.holder is None:
             return self._bytes_of_states()
         widths = 2 * (self.parent.config.hidden_size + self.plan.sizes["hidden"])
         return int(self.text.calibration.tokens.size) * widths * 4
@@ -240,15 +240,18 @@ class Job:
         layers = 3 * parent.parameters // parent.num_layers  # the parent's; what is aimed at; the pruned one, twice
         return 4 * layers + 8 * (4 * ffn * ffn + 6 * ffn * kept + 2 * kept * kept)
 
-    def _fits_in_memory(self) -> bool:
-        """Tell whether every rank's GPU has room for its hidden states, beside the work and half of what is free."""
+    def _holder(self) -> torch.device | None:
+        """Return what holds the hidden states: the GPUs, where each has room for a rank's, or the hosts; or files."""
         if self.text.device.type != "cuda" or cpu_device.is_installed():
-            return False
-        free = free_on_gpu()  # the model that the scores were of has gone
-        room = min(free / 2, free - self._bytes_of_work())
-        without = torch.tensor(float(self._bytes_of_states() / self.text.ranks >= room), device=self.text.device)
+            return None
+        mine, free = self._bytes_of_states() / self.text.ranks, free_on_gpu()  # the model that was scored has gone
+        rooms = min(free / 2, free - self._bytes_of_work()), free_memory() / 2 / processes_here()
+        without = torch.tensor([float(mine >= room) for room in rooms], device=self.text.device)
         self.text.add_up(without)  # all ranks must do the same
-        return float(without) == 0
+        for lacks, device in zip(without.tolist(), (self.text.device, torch.device("cpu")), strict=True):
+            if not lacks:
+                return device
+        return None
 
 
 def _number(ridge: float) -> float | None:
