@@ -44,14 +44,31 @@ def test_what_has_no_room_is_evaluated_scored_and_reconstructed_to_the_same(tmp_
     assert all(np.array_equal(found[name], tensor) for name, tensor in tensors(enough).items())
 
 
-def test_a_limit_of_the_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "groups,folder,names,cache",
+    [
+        ("0::/a/job\n", "a", ("max", "current"), "file"),
+        (
+            "5:cpuset:/x\n4:hugetlb,memory:/a/job\n0::/none\n",
+            "memory/a",
+            ("limit_in_bytes", "usage_in_bytes"),
+            "total_cache",
+        ),
+    ],
+)
+def test_a_limit_of_the_container_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, folder: str, names: tuple[str, str], cache: str
+) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    monkeypatch.setattr(room, "_CGROUP", tmp_path)
+    for name, path in (("_GROUPS", tmp_path / "groups"), ("_CGROUP", tmp_path)):
+        monkeypatch.setattr(room, name, path)
     assert room.free_memory() == 1000
-    for name, text in (("max", "max"), ("current", "500"), ("stat", "anon 100\nfile 300\nfile_mapped 7")):
-        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    (tmp_path / "groups").write_text(groups)
+    limit, used, stat = (tmp_path / folder / f"memory.{name}" for name in (*names, "stat"))
+    limit.parent.mkdir(parents=True)
+    limit.write_text("max\n"), used.write_text("500\n"), stat.write_text(f"anon 100\n{cache} 300\nfile_mapped 7\n")
     assert room.free_memory() == 1000
-    (tmp_path / "memory.max").write_text("900\n")
+    limit.write_text("900\n")
     assert room.free_memory() == 700
 
 

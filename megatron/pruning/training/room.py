@@ -12,7 +12,9 @@ from megatron.pruning.storage.dtypes import BYTES
 
 # Of the free memory, what the weights may take, and bytes for what is computed, which is the more of a large device.
 _SHARE_OF_WEIGHTS, _COMPUTED = 0.8, 8e9
-_CGROUP = Path("/sys/fs/cgroup")
+# Control groups: those of this process, and where they lie. Version 2 has one tree for all, version 1 one for memory.
+_GROUPS, _CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_VERSION_2, _VERSION_1 = ("max", "current", "file "), ("limit_in_bytes", "usage_in_bytes", "total_cache ")
 
 
 def too_large(checkpoint: Checkpoint, dtype: str, device: str) -> str | None:
@@ -52,21 +54,25 @@ def free_on_gpu() -> int:
 def free_memory() -> int:
     """Return the bytes of memory that are free for this process: of the machine, its container or its job."""
     limits: list[int] = [psutil.virtual_memory().available]
-    for line in _lines(Path("/proc/self/cgroup")):
-        group = _CGROUP / line.rpartition(":")[2].lstrip("/")
+    for line in _lines(_GROUPS):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, names = (_CGROUP / "memory", _VERSION_1) if controllers else (_CGROUP, _VERSION_2)
+        group = top / path.lstrip("/")
         for folder in (group, *group.parents):
-            limits += _free_in_group(folder)
-            if folder == _CGROUP:
+            limits += _free_in_group(folder, *names)
+            if folder == top:
                 break
     return min(limits)
 
 
-def _free_in_group(folder: Path) -> list[int]:
+def _free_in_group(folder: Path, most: str, now: str, of_files: str) -> list[int]:
     """Return the bytes that are free in a control group that has a limit; what it caches of files is given up."""
-    limit, used, detail = (_lines(folder / f"memory.{name}") for name in ("max", "current", "stat"))
+    limit, used, detail = (_lines(folder / f"memory.{name}") for name in (most, now, "stat"))
     if not limit or not used or not limit[0].isdecimal():
         return []
-    cached = sum(int(line.split()[1]) for line in detail if line.startswith("file "))
+    cached = sum(int(line.split()[1]) for line in detail if line.startswith(of_files))
     return [max(0, int(limit[0]) - int(used[0]) + cached)]
 
 
