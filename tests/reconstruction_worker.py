@@ -6,6 +6,7 @@ whether its inputs lay in memory one behind the other.
 
 Or it is `--die-after N` and the command line of tools/reconstruct.py, which then ends as by kill -9 after N layers;
 `--hold N` does so too, with hidden states in memory as on a GPU, of which only those after layer 1 are kept in files.
+`--behind` runs the tool where the second process does not see how far an earlier run came.
 """
 
 import json
@@ -20,6 +21,7 @@ import torch
 from megatron.pruning.formats import open_checkpoint
 from megatron.pruning.model.layout import Layout
 from megatron.pruning.plan.plan import Plan
+from megatron.pruning.training import reconstruct_checkpoint
 from megatron.pruning.training.calibration import calibration
 from megatron.pruning.training.layerwise import ROW, States
 from megatron.pruning.training.reconstruct import Options, Reconstruction, Text
@@ -31,6 +33,8 @@ def main(argv: Sequence[str]) -> None:
     """Do the job that the file describes, or die in one."""
     if argv[0] in ("--die-after", "--hold"):
         return die_after(int(argv[1]), argv[2:], argv[0] == "--hold")
+    if argv[0] == "--behind":
+        return run_behind(argv[1:])
     job = json.loads(Path(argv[0]).read_text())
     join(Layout())
     parent = open_checkpoint(Path(job["load"]))
@@ -54,6 +58,15 @@ def main(argv: Sequence[str]) -> None:
     weights = {ROW[name].hf_key(layer): weight for layer, rows in found.items() for name, weight in rows.items()}
     sums = {name: (fit.wanted, fit.before, fit.after) for name, fit in fits.items()}
     torch.save({"weights": weights, "fits": sums, "in a row": in_a_row}, job["save"])
+
+
+def run_behind(words: Sequence[str]) -> None:
+    """Run the tool, in the second process without the report that lies there."""
+    import reconstruct
+
+    if os.environ["RANK"] == "1":
+        reconstruct_checkpoint.REPORT_FILE = "unseen"
+    reconstruct.main(words)
 
 
 def die_after(layers: int, words: Sequence[str], hold: bool) -> None:

@@ -424,6 +424,19 @@ def test_a_killed_run_goes_on_and_ends_the_same(runs: Path, tmp_path: Path, deat
 
 
 @pytest.mark.slow
+def test_processes_that_see_different_states_of_a_run_end(runs: Path, tmp_path: Path) -> None:
+    plan = runs / "rotated/prune_plan.json"
+    words = f"--load {runs / 'tied-parent'} --plan {plan} --data {runs / 'text'} {TEXT} --untie --rotate-hidden --save"
+    loop, case = StockLoop(tmp_path), {"program": "reconstruction_worker"}
+    killed = {**case, "ranks": 1, "name": "dies", "words": f"--die-after 1 {words} again".split()}
+    assert loop.run_all([killed])["dies"].code == 9
+    behind = {**case, "ranks": 2, "name": "behind", "words": f"--behind {words} again".split()}
+    run = loop.run_all([behind])["behind"]
+    assert run.code and "is not the same file for all processes" in run.log
+    assert (tmp_path / ".again.reconstruction").is_dir()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape,words,complaint",
     [
